@@ -1,0 +1,85 @@
+"""The Python interface: compile, explain, verify."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnfx import backend
+from attnfx.options import Options
+from attnfx.report import Report
+
+
+def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
+    """``torch.compile(model, backend="attnfx")`` with the options as named arguments (see :class:`attnfx.options.Options`).
+
+    Raises UnknownOption or PolicyError at once, not at the first call.
+    """
+    given = {**options, "policy": policy} if policy is not None else options
+    Options.parse(None, given)
+    return torch.compile(model, backend=backend.attnfx, dynamic=dynamic, fullgraph=fullgraph, options=given)
+
+
+def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = None, **kwargs: Any) -> Report:
+    """What attnfx finds in ``model(*args, **kwargs)`` and decides under ``policy``, and why.
+
+    Runs the model once, eagerly and without gradients unless they are enabled around the call; nothing is compiled for speed.
+    """
+    options = Options.parse(None, {"policy": policy, "inner": "eager"})
+    reports: list[Report] = []
+
+    def look(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        _, report = backend.rewrite(gm, options)
+        reports.append(report)
+        return gm.forward
+
+    with _fresh():
+        torch.compile(model, backend=look, dynamic=dynamic)(*args, **kwargs)
+    return Report.merge(reports)
+
+
+@contextlib.contextmanager
+def _fresh() -> Iterator[None]:
+    """Dynamo's cache emptied on both sides, so that every graph is seen and none of ours stays behind."""
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Relative L2 errors of a rewritten model against the original: of each output, by its place, and the report of the sites."""
+
+    outputs: Mapping[str, float]
+    report: Report
+
+    @property
+    def worst(self) -> float:
+        """The largest error of any output; 0.0 without floating-point outputs."""
+        return max(self.outputs.values(), default=0.0)
+
+    def __str__(self) -> str:
+        lines = [f"{name or 'output'}: relative L2 error {error:.3g}" for name, error in self.outputs.items()]
+        return "\n".join([*lines, str(self.report)])
+
+
+def verify(model: Any, *args: Any, policy: Any = None, **kwargs: Any) -> Verification:
+    """The model's outputs with its attentions rewritten, against its own, in numbers. Runs the model three times."""
+    report = explain(model, *args, policy=policy, **kwargs)
+    with torch.no_grad(), _fresh():
+        expected = model(*args, **kwargs)
+        found = compile(model, policy, inner="eager")(*args, **kwargs)
+    errors = {}
+    for (path, a), b in zip(pytree.tree_leaves_with_path(found), pytree.tree_leaves(expected), strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            difference = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+            errors[pytree.keystr(path)] = float(difference)
+    return Verification(errors, report)

@@ -1,0 +1,299 @@
+"""Capture: a Dynamo graph traced to its *mirror*, a pre-dispatch ATen graph to read and never to run.
+
+The mirror is traced under a FakeTensorMode and a ShapeEnv of its own, so that looking adds no guard and no specialisation to the
+user's compile. Every mirror node knows the Dynamo node that made it; what cannot be traced becomes an opaque node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from attnfx.integers import Ranges
+
+
+def opaque(*args: Any) -> Any:
+    """Target of mirror nodes that stand for something that could not be traced."""
+    raise RuntimeError("an opaque mirror node is read, never run")
+
+
+@dataclass
+class Mirror:
+    """The mirror of one Dynamo graph.
+
+    ``origin`` maps each mirror node to the Dynamo node that made it, ``value`` each Dynamo node to the mirror node that holds its
+    result (tensor results only), ``mutations`` lists (mirror position, storage) of in-place writes, ``storage`` the storage of
+    each node. ``blind`` tells, for each Dynamo node that could not be traced, why. ``results`` holds the mirror nodes of Dynamo nodes
+    that return several tensors.
+    """
+
+    graph: fx.Graph
+    origin: dict[fx.Node, fx.Node]
+    value: dict[fx.Node, fx.Node]
+    storage: dict[fx.Node, int]
+    mutations: list[tuple[int, int]]
+    ranges: Ranges
+    to_user: dict[sympy.Symbol, sympy.Symbol]
+    blind: dict[fx.Node, str] = field(default_factory=dict)
+    results: dict[fx.Node, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.position = {node: k for k, node in enumerate(self.graph.nodes)}
+        self.dynamo_of = {m: d for d, m in self.value.items()}
+
+    def requires_grad(self, node: fx.Node) -> bool:
+        """Whether autograd follows ``node`` in the user's graph (the mirror itself is traced without autograd metadata)."""
+        dynamo = self.dynamo_of.get(node)
+        example = _example(dynamo) if dynamo is not None else None
+        if isinstance(example, torch.Tensor):
+            return example.requires_grad
+        return any(self.requires_grad(n) for n in node.all_input_nodes)
+
+    def overwritten(self, node: fx.Node, until: fx.Node) -> bool:
+        """Whether the memory behind ``node`` is written between its making and ``until``."""
+        first, last, storage = self.position[node], self.position[until], self.storage.get(node)
+        return any(first < at < last and s == storage for at, s in self.mutations)
+
+
+def sizes(node: fx.Node) -> tuple[sympy.Expr, ...]:
+    """The sizes of a mirror node's tensor as sympy integers or expressions."""
+    return tuple(as_sympy(s) for s in node.meta["val"].shape)
+
+
+def as_sympy(value: int | torch.SymInt) -> sympy.Expr:
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def capture(gm: fx.GraphModule) -> Mirror:
+    """Trace ``gm`` (with ``example_value`` metadata, as Dynamo makes it) to its mirror. Never raises for what a model may hold."""
+    world = _World(gm)
+    tracer = _Tracer(gm, world)
+    with torch._guards.tracing(None), _undisturbed():
+        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
+    graph = traced.graph
+    nodes = {n.name: n for n in graph.nodes}
+    origin = {nodes[name]: d for name, d in tracer.origin.items() if name in nodes}
+    value = {d: nodes[name] for d, name in tracer.value.items() if name in nodes}
+    for placeholder, d in zip(graph.find_nodes(op="placeholder"), world.placeholders, strict=True):
+        origin[placeholder] = d
+        value[d] = placeholder
+    results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
+    storage = {n: _storage(n.meta["val"]) for n in graph.nodes if is_tensor(n)}
+    mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
+    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
+
+
+#: In-place by name only: no element changes.
+_HARMLESS = (torch.ops.aten.detach_.default, torch.ops.aten.requires_grad_.default)
+
+
+def _storage(t: torch.Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _HARMLESS:
+        return
+    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+            yield value
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Restore the global modes that graph nodes switch (grad mode, autocast) however tracing ends."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        for device in ("cpu", "cuda"):
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            stack.callback(torch.set_autocast_dtype, device, dtype)
+            stack.callback(torch.set_autocast_enabled, device, enabled)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
+
+
+class _World:
+    """Fake inputs in a mode of our own, whose symbols mirror those of the user's ShapeEnv one to one."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.placeholders = gm.graph.find_nodes(op="placeholder")
+        self.user_env: ShapeEnv | None = None
+        self.ours: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.to_user: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.inputs = [self.convert(_example(p)) for p in self.placeholders]
+
+    def convert(self, value: Any) -> Any:
+        """A value of the user's fake world as its twin in ours."""
+        if isinstance(value, torch.SymInt):
+            return self.symint(value)
+        if isinstance(value, torch.SymFloat):
+            return self.symfloat(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = [self.convert(s) for s in value.shape]
+        stride = [self.convert(s) for s in value.stride()]
+        with self.mode, torch.no_grad():
+            twin = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        return twin.requires_grad_(value.requires_grad) if value.requires_grad else twin
+
+    def symint(self, value: torch.SymInt) -> int | torch.SymInt:
+        self.user_env = value.node.shape_env
+        expression = value.node.expr
+        ours = expression.xreplace({s: self.symbol(s) for s in expression.free_symbols})
+        return self.env.create_symintnode(ours, hint=value.node.hint) if ours.free_symbols else int(ours)
+
+    def symfloat(self, value: torch.SymFloat) -> float | torch.SymFloat:
+        self.user_env = value.node.shape_env
+        expression = value.node.expr
+        if not expression.is_Symbol:
+            return value.node.hint if value.node.hint is not None else float("nan")
+        return self.env.create_symfloatnode(self.symbol(expression), hint=value.node.hint)
+
+    def symbol(self, s: sympy.Symbol) -> sympy.Symbol:
+        if s not in self.ours:
+            hint = _hints(self.user_env).get(s)
+            if hint is None:
+                raise ValueError(f"size {s} has no hint")
+            source = ConstantSource(f"__attnfx_{s}")
+            plain = float(hint) if hint.is_Float else int(hint)
+            twin = self.env.create_symbol(
+                plain, source, DimDynamic.DYNAMIC, positive=s.is_positive, do_not_specialize_zero_one=True
+            )
+            if self.user_env is not None and s in self.user_env.var_to_range and not isinstance(plain, float):
+                self.env.var_to_range[twin] = self.user_env.var_to_range[s]
+            self.ours[s], self.to_user[twin] = twin, s
+        return self.ours[s]
+
+    def ranges(self) -> Ranges:
+        """What the user's ShapeEnv promises of each size."""
+        low, high = {}, {}
+        for s in self.to_user:
+            bound = self.env.var_to_range.get(s)
+            if bound is not None and bound.lower.is_Integer:
+                low[s] = bound.lower
+            if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
+                high[s] = bound.upper
+        return Ranges(low, high)
+
+    def unproved(self) -> str:
+        """Why the mirror holds for the traced sizes only; empty where it holds for all that the user's guards admit."""
+        known = set() if self.user_env is None else {g.expr for g in self.user_env.guards}
+        for guard in self.env.guards:
+            expression = guard.expr.xreplace(self.to_user)
+            if expression in known or expression == sympy.true:
+                continue
+            if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
+                continue
+            return f"reading the graph needs {expression}, which the compile does not guarantee"
+        return ""
+
+
+def _hints(env: ShapeEnv | None) -> Mapping[sympy.Symbol, sympy.Expr]:
+    if env is None:
+        return {}
+    hints = env.__dict__.get("backed_var_to_val")  # torch >= 2.12
+    return hints if hints is not None else env.__dict__["var_to_val"]  # type: ignore[no-any-return]
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+#: Dynamo nodes that only move Python numbers: a symbolic float may flow through them.
+_ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg", "pow"))
+
+
+class _Tracer(fx.Interpreter):
+    """Runs the Dynamo graph node by node under the proxy mode, noting who made what."""
+
+    def __init__(self, gm: fx.GraphModule, world: _World) -> None:
+        super().__init__(gm)
+        self.world = world
+        self.origin: dict[str, fx.Node] = {}
+        self.value: dict[fx.Node, str] = {}
+        self.results: dict[fx.Node, Any] = {}
+        self.blind: dict[fx.Node, str] = {}
+
+    def run_fake(self, *inputs: Any) -> Any:
+        # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
+        with self.world.mode:
+            self.run(*inputs)
+        return ()
+
+    def run_node(self, n: fx.Node) -> Any:
+        mode = get_proxy_mode()
+        if n.op in ("placeholder", "output") or mode is None:
+            return super().run_node(n)
+        graph = mode.tracer.graph
+        last = next(iter(reversed(graph.nodes)), None)
+        result = self.value_of(n)
+        made = []
+        for node in reversed(graph.nodes):
+            if node is last:
+                break
+            made.append(node)
+        for node in made:
+            self.origin[node.name] = n
+        if isinstance(result, torch.Tensor) and (proxy := _proxy_of(result, mode)) is not None:
+            self.value[n] = proxy.name
+        elif isinstance(result, tuple | list):
+            self.results[n] = pytree.tree_map(lambda t: _name_of(t, mode), tuple(result))
+        return result
+
+    def value_of(self, n: fx.Node) -> Any:
+        why = self.not_traceable(n)
+        if why is None:
+            try:
+                return super().run_node(n)
+            except Exception as error:
+                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.blind[n] = why
+        return self.stand_in(n)
+
+    def not_traceable(self, n: fx.Node) -> str | None:
+        if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
+            return "a number known only at run time"
+        if isinstance(n.target, torch._ops.HigherOrderOperator):
+            return f"the higher-order operator {n.target}"
+        return None
+
+    def stand_in(self, n: fx.Node) -> Any:
+        """Fake results of the right shape, tracked as the outputs of one opaque node."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        result = pytree.tree_map(self.world.convert, _example(n))
+        if not any(isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)):
+            return result
+        proxy = mode.tracer.create_proxy("call_function", opaque, (), {}, name=f"opaque_{n.name}")
+        track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
+        return result
+
+
+def _name_of(value: Any, mode: Any) -> str | None:
+    proxy = _proxy_of(value, mode) if isinstance(value, torch.Tensor) else None
+    return None if proxy is None else proxy.name
+
+
+def _proxy_of(tensor: torch.Tensor, mode: Any) -> fx.Node | None:
+    slot = get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else slot.proxy.node

@@ -1,0 +1,96 @@
+"""Decisions: what runs each site, and why. The default is the fastest exact lowering; a policy may ask for a variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from attnfx.errors import Objection
+from attnfx.lowering import vendor
+from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.policy import Policy, Rule
+from attnfx.site import AttentionSite
+from attnfx.variants.base import Variant
+
+#: Globs that speak of everything: their variants are wishes, and a site that objects is left alone.
+_DEFAULTS = ("*", "**")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``kernel``: a plan, ``"vendor"`` for torch's own fused attention, or None where the site stays as it was."""
+
+    name: str
+    kernel: KernelPlan | str | None
+    reason: str
+    site: AttentionSite
+    variant: Variant | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is the model's own."""
+        return self.variant is None
+
+
+def decide(site: AttentionSite, policy: Policy) -> Decision:
+    """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it."""
+    rule = policy.choose(site.origin.module)
+    if rule is None or rule.variant is None:
+        return _exact(site)
+    return _by_rule(site, rule, rule.variant)
+
+
+def _by_rule(site: AttentionSite, rule: Rule, variant: Variant) -> Decision:
+    reasons = variant.objections(site)
+    if not reasons:
+        changed = variant.apply(site)
+        plan = make_plan(changed, family(site))
+        if isinstance(plan, KernelPlan):
+            return Decision(plan.family, plan, f'asked for by the rule "{rule.modules}"', changed, variant)
+        reasons = plan
+    if rule.modules not in _DEFAULTS:
+        raise Objection(site.origin.module, type(variant).__name__, reasons)
+    exact = _exact(site)
+    reason = f"{type(variant).__name__} objects: {' '.join(reasons)} {exact.reason}"
+    return Decision(exact.name, exact.kernel, reason, exact.site)
+
+
+def _exact(site: AttentionSite) -> Decision:
+    objections = vendor.objections(site)
+    if not objections:
+        return Decision("vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site)
+    plan = make_plan(site, family(site))
+    if isinstance(plan, KernelPlan):
+        return Decision(plan.family, plan, _why(site, objections), site)
+    return Decision("kept", None, " ".join(plan), site)
+
+
+def _shape(site: AttentionSite) -> str:
+    return "causal" if site.facts.causal else "full"
+
+
+def _why(site: AttentionSite, objections: tuple[str, ...]) -> str:
+    facts = site.facts
+    if facts.bounded and facts.rest:
+        return "keys out of the proved range are never read, the rest of the mask is evaluated in the tile"
+    if facts.bounded:
+        return "the mask is proved and costs nothing; keys out of range are never read"
+    if facts.rest:
+        return "the mask is evaluated in the tile, from what it is made of"
+    return objections[0]
+
+
+def family(site: AttentionSite) -> str:
+    """The lowering family of this site's device and dtype: Triton kernels on a GPU, plain torch operations elsewhere."""
+    kernels = site.device in ("cuda", "xpu", "hip") and site.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return "flash" if kernels and triton_installed() else "portable"
+
+
+def triton_installed() -> bool:
+    """Whether Triton can be imported here."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

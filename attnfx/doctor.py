@@ -1,0 +1,106 @@
+"""What `attnfx doctor` finds out: what is installed, which lowering runs here, what the kernels compile to."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import attnfx
+from attnfx.errors import UnknownOption, listing, nearest
+
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+COLUMNS = (
+    "template",
+    "program",
+    "dtype",
+    "head_dim",
+    "target",
+    "registers",
+    "spills",
+    "shared",
+    "limit",
+    "ok",
+    "error",
+)
+
+
+def installed() -> dict[str, str]:
+    """Versions and devices by name, and the lowering that they lead to."""
+    versions = {name: _version(name) for name in ("torch", "triton", "sympy", "transformers")}
+    return {
+        "attnfx": attnfx.__version__,
+        "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        **versions,
+        "C++ compiler": _compiler(),
+        "backend": _backend(),
+        "device": _device(),
+        "lowering": _lowering(),
+    }
+
+
+def checked(targets: Sequence[str], doing: Callable[[str], None] = lambda what: None) -> list[dict[str, Any]]:
+    """Compile every kernel for the targets; a row for each, whose "ok" says that it fits without spilling.
+
+    `doing` is told what goes on, target by target: this takes minutes.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise UnknownOption(f'"{target}" is no target; there are {listing(TARGETS)}.{nearest(target, TARGETS)}')
+    from attnfx.lowering import crosscompile
+
+    rows = []
+    for number, target in enumerate(targets, 1):
+        doing(f"compiling the kernels for {target} (target {number} of {len(targets)})")
+        rows += [{column: getattr(row, column) for column in COLUMNS} for row in crosscompile.check([target])]
+    return rows
+
+
+def kernels_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of `checked`, those that fail in red."""
+    table = Table(*(column.replace("_", " ") for column in COLUMNS), box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        cells = [
+            "yes" if row[column] is True else "no" if row[column] is False else str(row[column]) for column in COLUMNS
+        ]
+        table.add_row(*cells, style=None if row["ok"] else "red")
+    return table
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler() -> str:
+    found = next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
+    )
+    return found or "none found; torch.compile on a CPU needs one (g++ or clang++)"
+
+
+def _backend() -> str:
+    if any(entry.name == "attnfx" for entry in metadata.entry_points(group="torch_dynamo_backends")):
+        return 'torch.compile(model, backend="attnfx") works without importing attnfx'
+    return "the package is not installed, only importable: use attnfx.compile(model), or install it"
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+
+
+def _lowering() -> str:
+    if not torch.cuda.is_available():
+        return "portable and SDPA, because torch sees no GPU here"
+    if _version("triton") == "not installed":
+        return "portable and SDPA, because Triton is not installed"
+    return "Triton kernels, and SDPA where the vendor's kernel is faster on plain attention"

@@ -1,0 +1,67 @@
+"""The rest of the graph: Inductor, or whichever backend the user names, compiles what we hand it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnfx.errors import AttnfxError, AttnfxWarning
+from attnfx.options import Options
+
+#: The largest relative error, as a multiple of the dtype's epsilon, that verification of an exact rewrite accepts.
+TOLERANCE = 64.0
+
+
+def compile_inner(gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """``gm`` compiled by the inner backend; with ``verify``, its first results are compared with ``original``'s."""
+    compiled = _compile(gm, inputs, options)
+    return _verified(compiled, original, options) if options.verify else compiled
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    if callable(options.inner):
+        return options.inner(gm, inputs)  # type: ignore[no-any-return]
+    if options.inner != "inductor":
+        return torch._dynamo.lookup_backend(options.inner)(gm, inputs)  # type: ignore[no-any-return]
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(options.mode) if options.mode != "default" else {}
+    return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+
+
+def _verified(compiled: Callable[..., Any], original: fx.GraphModule, options: Options) -> Callable[..., Any]:
+    done = False
+
+    def call(*args: Any) -> Any:
+        nonlocal done
+        if done:
+            return compiled(*args)
+        done = True
+        copies = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
+        result = compiled(*args)
+        with torch.no_grad():
+            expected = original.forward(*copies)
+        _compare(result, expected, options)
+        return result
+
+    return call
+
+
+def _compare(result: Any, expected: Any, options: Options) -> None:
+    for k, (a, b) in enumerate(zip(pytree.tree_leaves(result), pytree.tree_leaves(expected), strict=True)):
+        if not (isinstance(a, torch.Tensor) and a.is_floating_point()):
+            continue
+        error = float((a.detach().double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+        bound = TOLERANCE * torch.finfo(a.dtype).eps
+        if error <= bound or options.policy.rules:
+            continue
+        message = f"output {k} of the rewritten graph differs from the original's by {error:.3g} (relative L2), more than {bound:.3g}"
+        if options.strict:
+            raise AttnfxError(message)
+        warnings.warn(message, AttnfxWarning, stacklevel=2)

@@ -1,0 +1,131 @@
+"""Integer algebra for positions: floor-division and modulo that simplify, and bounds of polynomials over ranges of their symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+__all__ = ["FloorDiv", "Mod", "Ranges", "floordiv", "modulo", "replace"]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What is known of each symbol: ``low <= symbol <= high`` (inclusive, either may be missing; bounds may hold size symbols)."""
+
+    low: Mapping[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    high: Mapping[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+
+    def minimum(self, e: sympy.Expr) -> sympy.Expr | None:
+        """A lower bound of ``e`` that holds everywhere in range, as a number; None where none was found."""
+        return self._extreme(sympy.expand(e), lower=True)
+
+    def maximum(self, e: sympy.Expr) -> sympy.Expr | None:
+        """An upper bound of ``e`` as a number; None where none was found."""
+        value = self._extreme(sympy.expand(-e), lower=True)
+        return None if value is None else -value
+
+    def nonnegative(self, e: sympy.Expr) -> bool:
+        """Whether ``e >= 0`` is proved."""
+        low = self.minimum(e)
+        return low is not None and bool(low >= 0)
+
+    def _extreme(self, e: sympy.Expr, lower: bool) -> sympy.Expr | None:
+        # Eliminate bounded symbols one by one: e is affine in each, so its minimum lies at an end of the range.
+        for _ in range(24):
+            if e.is_Integer:
+                return e
+            if e.is_Number or e.has(sympy.zoo, sympy.nan):
+                return None
+            step = self._eliminate(e)
+            if step is None:
+                return sympy.Integer(0) if e.is_nonnegative else None
+            e = sympy.expand(step)
+        return None
+
+    def _eliminate(self, e: sympy.Expr) -> sympy.Expr | None:
+        for atom in sorted(e.atoms(FloorDiv, Mod, PythonMod), key=str):
+            bound = self._opaque(e, atom)
+            if bound is not None:
+                return bound
+        # Symbols whose bounds mention other symbols (an index below its size) go first.
+        order = sorted(e.free_symbols, key=lambda s: (not self._relative(s), str(s)))
+        for s in order:
+            slope = sympy.expand(e.diff(s)) if e.is_polynomial(s) else None
+            if slope is None or slope.has(s):
+                continue
+            sign = self._sign(slope)
+            end = self.low.get(s, sympy.Integer(0) if s.is_nonnegative else None) if sign > 0 else self.high.get(s)
+            if sign and end is not None:
+                return e.subs(s, end)
+        return None
+
+    def _relative(self, s: sympy.Symbol) -> bool:
+        return any(bool(m[s].free_symbols) for m in (self.low, self.high) if s in m)
+
+    def _sign(self, e: sympy.Expr) -> int:
+        if e.is_nonnegative:
+            return 1
+        if e.is_nonpositive:
+            return -1
+        return 0
+
+    def _opaque(self, e: sympy.Expr, atom: sympy.Expr) -> sympy.Expr | None:
+        base, divisor = atom.args
+        if not (divisor.is_positive and self.nonnegative(base)):
+            return None
+        slope = e.coeff(atom)
+        if (e - slope * atom).has(atom) or self._sign(slope) == 0:
+            return None
+        if self._sign(slope) > 0:
+            return e.subs(atom, 0)
+        return e.subs(atom, divisor - 1) if isinstance(atom, Mod | PythonMod) else None
+
+
+def floordiv(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.Expr:
+    """``floor(a / b)``; terms of ``a`` that ``b`` divides leave the quotient, a remainder proved to lie in [0, b) vanishes."""
+    whole, rest = _split(sympy.expand(a), b)
+    if rest == 0:
+        return whole
+    if _below(rest, b, ranges):
+        return whole
+    return whole + FloorDiv(rest, b)
+
+
+def modulo(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.Expr:
+    """``a - b * floor(a / b)`` with the simplifications of :func:`floordiv`."""
+    _, rest = _split(sympy.expand(a), b)
+    if rest == 0 or _below(rest, b, ranges):
+        return rest
+    if rest.is_Integer and b.is_Integer:
+        return sympy.Integer(int(rest) % int(b))
+    return Mod(rest, b) if rest.is_nonnegative and b.is_positive else PythonMod(rest, b)
+
+
+def _split(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    whole, rest = [], []
+    for term in sympy.Add.make_args(a):
+        quotient = sympy.cancel(term / b)
+        integral = quotient.is_Integer if b.is_Integer and term.is_Integer else quotient.is_integer and quotient.is_polynomial()
+        (whole if integral else rest).append(quotient if integral else term)
+    return sympy.Add(*whole), sympy.Add(*rest)
+
+
+def _below(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None) -> bool:
+    if a.is_Integer and b.is_Integer:
+        return 0 <= int(a) < int(b)
+    return ranges is not None and ranges.nonnegative(a) and ranges.nonnegative(b - 1 - a)
+
+
+def replace(e: sympy.Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges | None = None) -> sympy.Expr:
+    """``e`` with symbols replaced, re-simplifying every floor-division and modulo on the way up."""
+    if not e.args:
+        return mapping.get(e, e)
+    args = [replace(a, mapping, ranges) for a in e.args]
+    if isinstance(e, FloorDiv):
+        return floordiv(args[0], args[1], ranges)
+    if isinstance(e, Mod | PythonMod):
+        return modulo(args[0], args[1], ranges)
+    return sympy.expand(e.func(*args))

@@ -1,0 +1,1 @@
+"""Lowering: from a described attention to the operators and kernels that run it."""

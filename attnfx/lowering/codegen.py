@@ -1,0 +1,183 @@
+"""From a plan to the generated `@triton.jit` functions that the flash templates take, as a readable module on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import sympy
+from torch import Tensor
+
+from attnfx import __version__
+from attnfx.expr import Expr
+from attnfx.files import replace_file
+from attnfx.integers import Ranges
+from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare
+from attnfx.lowering.plan import MASKED_OUT, REACH, KernelPlan
+from attnfx.lowering.ranges import Bounds, Candidates
+from attnfx.lowering.tables import index_ranges
+
+if TYPE_CHECKING:
+    from attnfx.lowering.flash import Program
+
+ELEMENTWISE = "b, h, i, j, loads, ints"
+#: What a range returns for an end that the mask does not bound; the templates clamp it.
+FAR = 2147483647
+
+
+def source(plan: KernelPlan) -> str:
+    """The module: score, score_grad, and keep, kv_range, q_range where the mask has them. Raises Unprintable."""
+    site, parts = plan.site, []
+    parts.append(_function("score", f"dot, {ELEMENTWISE}", plan, site.score, base_2=True))
+    if plan.score_derivative is not None:
+        parts.append(_function("score_grad", f"dot, {ELEMENTWISE}", plan, plan.score_derivative))
+    if plan.masked:
+        parts.append(_function("keep", ELEMENTWISE, plan, site.keep))
+    for name, letter, bounds in (("kv_range", "i", plan.key_bounds), ("q_range", "j", plan.query_bounds)):
+        if bounds is not None:
+            parts.append(_range_function(name, letter, plan, bounds))
+    text = "\n\n\n".join(parts)
+    helpers = [name for name in HELPERS if f"{name}(" in text]
+    imports = "import triton\nimport triton.language as tl\n"
+    if helpers:
+        imports += f"\nfrom attnfx.lowering.templates.arithmetic import {', '.join(helpers)}\n"
+    return f"{_header(plan)}{imports}\n\n{text}\n"
+
+
+def objections(plan: KernelPlan) -> tuple[str, ...]:
+    """Why a plan has no kernel source, as sentences; empty where it has."""
+    try:
+        source(plan)
+    except Unprintable as reason:
+        return (str(reason),)
+    return ()
+
+
+def program(plan: KernelPlan) -> Program:
+    """The compiled module's functions, as the flash templates take them; one module for equal plans."""
+    return program_of(plan.to_json())
+
+
+@lru_cache(maxsize=1024)
+def program_of(text: str) -> Program:
+    """:func:`program` of a plan's JSON text."""
+    from attnfx.lowering.flash import Program
+
+    plan = KernelPlan.from_json(text)
+    module, site = _module(source(plan)), plan.site
+    fill = site.fill
+    if plan.exact_rows and not plan.masked:
+        # no fill, but rows of a mask that was added: let the kernel treat all below MASKED_OUT as degenerate
+        fill = MASKED_OUT - REACH
+    return Program(
+        score=module.score, score_grad=getattr(module, "score_grad", None), keep=getattr(module, "keep", None),
+        kv_range=getattr(module, "kv_range", None), q_range=getattr(module, "q_range", None), fill=fill, additive=site.additive,
+        exact_rows=plan.exact_rows,
+    )  # fmt: skip
+
+
+def ints(plan: KernelPlan, values: Mapping[sympy.Symbol, int], loads: Sequence[Tensor]) -> tuple[int, ...]:
+    """The numbers of one call: the values of `plan.kernel_symbols`, then the strides of each side tensor in use."""
+    strides = [s for slot in plan.used_slots for s in loads[slot].stride()]
+    return (*(int(values[s]) for s in plan.kernel_symbols), *strides)
+
+
+def pointers(plan: KernelPlan, loads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The side tensors in use, in the order of `loads` in the generated functions."""
+    return tuple(loads[slot] for slot in plan.used_slots)
+
+
+def _body(plan: KernelPlan) -> Body:
+    strides, at = {}, len(plan.kernel_symbols)
+    for slot in plan.used_slots:
+        strides[slot] = at
+        at += len(plan.site.side[slot].shape)
+    places = {slot: n for n, slot in enumerate(plan.used_slots)}
+    numbers = {s: n for n, s in enumerate(plan.kernel_symbols)}
+    known = index_ranges(plan.site)
+    return Body(places, numbers, strides, Ranges(known.low, known.high))
+
+
+def _function(name: str, parameters: str, plan: KernelPlan, e: Expr, base_2: bool = False) -> str:
+    body = _body(plan)
+    body.count(e)
+    result = body.base_2(e) if base_2 else body.text(e)
+    return _definition(name, parameters, [*body.lines, f"return {_bare(result)}"])
+
+
+def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) -> str:
+    body = _body(plan)
+    first, last = f"{letter}_first", f"{letter}_last"
+
+    def end(candidates: Candidates, combine: str, default: int) -> str:
+        terms = [_sum({"first": first, "last": last, "": ""}[anchor], body.integer(offset), offset) for anchor, offset in candidates]
+        text = terms[0] if terms else str(default)
+        for term in terms[1:]:
+            text = f"tl.{combine}({text}, {term})"
+        return text
+
+    ends = [end(bounds.lo, "maximum", 0), end(bounds.full_lo, "maximum", 0), end(bounds.full_hi, "minimum", FAR), end(bounds.hi, "minimum", FAR)]
+    if not bounds.full:
+        ends[1:3] = ["0", "0"]
+    return _definition(name, f"{first}, {last}, ints", [f"return {', '.join(ends)}"])
+
+
+def _sum(anchor: str, text: str, offset: sympy.Expr) -> str:
+    if not anchor:
+        return _bare(text)
+    if offset == 0:
+        return anchor
+    return f"{anchor} - {abs(int(offset))}" if offset.is_Integer and offset < 0 else f"{anchor} + {_bare(text)}"
+
+
+def _definition(name: str, parameters: str, lines: Sequence[str]) -> str:
+    return "\n".join(["@triton.jit", f"def {name}({parameters}):", *(f"    {line}" for line in lines)])
+
+
+def _header(plan: KernelPlan) -> str:
+    numbers = ", ".join([*map(str, plan.kernel_symbols), *(f"strides of loads[{n}]" for n, _ in enumerate(plan.used_slots))])
+    # no sizes: attentions that differ in nothing else share a module, and what Triton compiles from it
+    formulas = [f"score: {plan.site.score}", f"keep: {plan.site.keep}"]
+    lines = [line for text in formulas for line in textwrap.wrap(text, 110)]
+    text = [f"Generated by attnfx {__version__}.", *lines, f"ints: {numbers or 'none'}"]
+    return "".join(f"# {line}\n" for line in text) + "# mypy: ignore-errors\n"
+
+
+def cache_directory() -> Path:
+    """$ATTNFX_CACHE_DIR, or `attnfx` inside torch's own cache directory; made where it is missing."""
+    chosen = os.environ.get("ATTNFX_CACHE_DIR")
+    if not chosen:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        chosen = os.path.join(cache_dir(), "attnfx")
+    path = Path(chosen)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _module(text: str) -> ModuleType:
+    """``text`` as an imported module. Triton reads a function's source from its file, so there is one, named by its content."""
+    name = f"attnfx_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    path = cache_directory() / f"{name}.py"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        replace_file(path, text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,257 @@
+"""Expressions as lines of a `@triton.jit` function's body. Text only: nothing here needs Triton."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import sympy
+import torch
+
+from attnfx import expr
+from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
+from attnfx.integers import FloorDiv, Mod, Ranges
+from attnfx.lowering.derivative import has_score
+from torch.utils._sympy.functions import PythonMod
+
+LOG2E = math.log2(math.e)
+#: Longer text becomes a line of its own.
+INLINE = 60
+
+_NARROW = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+_BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
+_FUNCTION = {
+    "abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "sin": "tl.sin",
+    "cos": "tl.cos", "floor": "tl.floor", "tanh": "tanh", "sigmoid": "sigmoid", "min": "tl.minimum", "max": "tl.maximum",
+}  # fmt: skip
+#: The functions of templates/arithmetic.py that a body may call.
+HELPERS = ("float_modulo", "floor_divide", "floor_modulo", "rounded", "sigmoid", "tanh", "to_base_2")
+
+
+class Unprintable(Exception):
+    """An operation that has no Triton form here; the message is a sentence."""
+
+
+class Body:
+    """The body of one function. ``pointers``: place of each slot in `loads`; ``numbers``: place of each symbol in `ints`;
+    ``strides``: place in `ints` of the first stride of each slot; ``ranges``: what is known of the symbols."""
+
+    def __init__(
+        self, pointers: Mapping[int, int], numbers: Mapping[sympy.Symbol, int], strides: Mapping[int, int], ranges: Ranges
+    ) -> None:
+        self.pointers, self.numbers, self.strides, self.ranges = pointers, numbers, strides, ranges
+        self.lines: list[str] = []
+        self.names: dict[Expr, str] = {}
+        self.uses: Counter[Expr] = Counter()
+
+    def count(self, root: Expr) -> None:
+        """Learn which nodes of ``root`` are used more than once: those get a line of their own."""
+        self.uses[root] += 1
+        for node in expr.walk(root):
+            self.uses.update(children(node))
+
+    def text(self, e: Expr) -> str:
+        """An expression for ``e``: an atom or a parenthesised text, float values in float32."""
+        if e not in self.names:
+            text = self._text(e)
+            if isinstance(e, Call | Load) and (self.uses[e] > 1 or len(text) > INLINE):
+                self.lines.append(f"x{len(self.lines)} = {_bare(text)}")
+                text = f"x{len(self.lines) - 1}"
+            self.names[e] = text
+        return self.names[e]
+
+    def base_2(self, e: Expr) -> str:
+        """``e`` (natural units) times log2(e), constants folded into the factors of its terms."""
+        return self.scaled(e, LOG2E, masks=True)
+
+    def scaled(self, e: Expr, factor: float, masks: bool = False) -> str:
+        """``e`` * ``factor`` for an ``e`` in working precision; ``masks``: ``factor`` is that of :meth:`base_2`, still undivided."""
+        if isinstance(e, Call) and has_score(e):
+            a = e.args[0]
+            if e.op in ("add", "sub"):
+                right = self.scaled(e.args[1], factor if e.op == "add" else -factor, masks and e.op == "add")
+                return f"({self.scaled(a, factor, masks)} + {right})"
+            if e.op == "neg":
+                return self.scaled(a, -factor)
+            for x, y in ((a, e.args[-1]), (e.args[-1], a)):
+                number = _constant(y)
+                if number is not None and (e.op == "mul" or (e.op == "div" and y is e.args[1] and number != 0)):
+                    return self.scaled(x, factor * number if e.op == "mul" else factor / number)
+        if masks and not has_score(e) and _may_mask(e):
+            return f"to_base_2({_bare(self.text(e))})"
+        number = _constant(e)
+        if number is not None:
+            return _float(number * factor)
+        return self.text(e) if factor == 1.0 else f"({self.text(e)} * {_float(factor)})"
+
+    def _text(self, e: Expr) -> str:
+        if isinstance(e, Score):
+            return "dot"
+        if isinstance(e, Const):
+            return str(bool(e.value)) if e.dtype == torch.bool else _float(float(e.value))
+        if isinstance(e, Int):
+            return self.integer(e.value)
+        if isinstance(e, Load):
+            return self._load(e)
+        assert isinstance(e, Call)
+        if has_score(e) and e.op in ("add", "sub", "mul", "div", "neg") and e.dtype.is_floating_point:
+            folded = self._folded(e)
+            if folded is not None:
+                return folded
+        text = self._call(e)
+        if e.dtype in _NARROW and not has_score(e):
+            return f"rounded({_bare(text)}, {_NARROW[e.dtype]})"
+        return text
+
+    def _folded(self, e: Call) -> str | None:
+        """A chain of constant factors as one factor."""
+        value: Expr = e
+        factor = 1.0
+        while isinstance(value, Call) and has_score(value) and value.op in ("mul", "div", "neg"):
+            a, b = value.args[0], value.args[-1]
+            if value.op == "neg":
+                value, factor = a, -factor
+            elif _constant(b) is not None and not (value.op == "div" and _constant(b) == 0):
+                value, factor = a, (factor * _constant(b) if value.op == "mul" else factor / _constant(b))  # type: ignore[operator]
+            elif value.op == "mul" and _constant(a) is not None:
+                value, factor = b, factor * _constant(a)  # type: ignore[operator]
+            else:
+                break
+        if value is e:
+            return None
+        return self.text(value) if factor == 1.0 else f"({self.text(value)} * {_float(factor)})"
+
+    def _call(self, e: Call) -> str:
+        if e.op == "cast":
+            return self._cast(e)
+        floats = e.dtype.is_floating_point or (e.op in expr.COMPARE and any(a.dtype.is_floating_point for a in e.args))
+        args = [self._as_float(a) if floats and not (e.op == "where" and n == 0) else self.text(a) for n, a in enumerate(e.args)]
+        if e.op in _BINARY:
+            return "(" + f" {_BINARY[e.op]} ".join(args) + ")"
+        plain = [_bare(a) for a in args]
+        if e.op == "where":
+            return f"tl.where({', '.join(plain)})"
+        if e.op == "neg":
+            return f"(-{args[0]})"
+        if e.op == "not":
+            return f"({args[0]} == 0)"
+        if e.op in ("floordiv", "mod"):
+            return self._division(e, plain)
+        if e.op == "pow":
+            return self._power(e, args[0])
+        if e.op in ("min", "max") and e.dtype.is_floating_point:
+            plain.append("propagate_nan=tl.PropagateNan.ALL")
+        if e.op not in _FUNCTION:
+            raise Unprintable(f"the operation {e.op} has no form in a Triton kernel here.")
+        return f"{_FUNCTION[e.op]}({', '.join(plain)})"
+
+    def _division(self, e: Call, args: list[str]) -> str:
+        if not e.dtype.is_floating_point:
+            return f"floor_{'divide' if e.op == 'floordiv' else 'modulo'}({', '.join(args)})"
+        return f"tl.floor({args[0]} / {args[1]})" if e.op == "floordiv" else f"float_modulo({', '.join(args)})"
+
+    def _power(self, e: Call, base: str) -> str:
+        exponent = _constant(e.args[1])
+        if exponent == 0.5:
+            return f"tl.sqrt({_bare(base)})"
+        if exponent not in (1.0, 2.0, 3.0, 4.0):
+            raise Unprintable(f"the exponent of a power is {e.args[1]}; a Triton kernel here takes the constants 0.5, 1, 2, 3, 4.")
+        return "(" + " * ".join([base] * int(exponent)) + ")"
+
+    def _cast(self, e: Call) -> str:
+        inner, text = e.args[0], self.text(e.args[0])
+        if e.dtype in _NARROW:
+            return f"rounded({_bare(self._as_float(inner))}, {_NARROW[e.dtype]})"
+        if e.dtype.is_floating_point:
+            return self._as_float(inner)
+        if e.dtype == torch.bool:
+            return f"({text} != 0)"
+        return f"tl.cast({_bare(text)}, tl.int64)"
+
+    def _as_float(self, e: Expr) -> str:
+        number = _constant(e)
+        if number is not None:
+            return _float(number)
+        return self.text(e) if e.dtype.is_floating_point else f"tl.cast({_bare(self.text(e))}, tl.float32)"
+
+    def _load(self, e: Load) -> str:
+        assert isinstance(e.slot, int)
+        first, terms = self.strides[e.slot], [f"loads[{self.pointers[e.slot]}]"]
+        for axis, index in enumerate(e.indices):
+            if not expr.is_number(index, 0):
+                terms.append(f"tl.cast({_bare(self.text(index))}, tl.int64) * ints[{first + axis}]")
+        text = f"tl.load({' + '.join(terms)})"
+        if e.dtype == torch.bool:
+            return f"({text} != 0)"
+        return f"tl.cast({text}, tl.float32)" if e.dtype.is_floating_point else text
+
+    def integer(self, e: sympy.Expr) -> str:
+        """A sympy integer expression; in int64 where it multiplies sizes, which may pass 2**31."""
+        wide = any(len(_factors(t)) > 1 for t in sympy.Add.make_args(e))
+        return self._integer(e, wide)
+
+    def _integer(self, e: sympy.Expr, wide: bool) -> str:
+        if e.is_Integer:
+            return str(int(e)) if e >= 0 else f"({int(e)})"
+        if e.is_Symbol:
+            name = e.name if e in INDEX.values() else f"ints[{self.numbers[e]}]"
+            return f"tl.cast({name}, tl.int64)" if wide else name
+        args = [self._integer(a, wide) for a in e.args]
+        if isinstance(e, FloorDiv | Mod | PythonMod):
+            simple = self.ranges.nonnegative(e.args[0]) and self.ranges.nonnegative(e.args[1] - 1)
+            divide = isinstance(e, FloorDiv)
+            if simple:
+                return f"({args[0]} {'//' if divide else '%'} {args[1]})"
+            return f"floor_{'divide' if divide else 'modulo'}({_bare(args[0])}, {_bare(args[1])})"
+        if e.is_Pow and e.args[1].is_Integer and 1 <= int(e.args[1]) <= 16:
+            return "(" + " * ".join([args[0]] * int(e.args[1])) + ")"
+        if e.is_Mul:
+            return f"(-{args[1]})" if args[0] == "(-1)" and len(args) == 2 else "(" + " * ".join(args) + ")"
+        if not e.is_Add:
+            raise Unprintable(f"the integer expression {e} has no form in a Triton kernel here.")
+        # positive terms first, numbers last, as one would write it
+        ordered = sorted(e.args, key=lambda t: (t.is_Integer, t.could_extract_minus_sign(), str(t)))
+        text = self._integer(ordered[0], wide)
+        for term in ordered[1:]:
+            negative = term.could_extract_minus_sign()
+            text += f" {'-' if negative else '+'} {self._integer(-term if negative else term, wide)}"
+        return f"({text})"
+
+
+def _factors(term: sympy.Expr) -> list[sympy.Expr]:
+    return [f for f in sympy.Mul.make_args(term) for _ in range(int(f.args[1]) if f.is_Pow and f.args[1].is_Integer else 1) if not f.is_Number]
+
+
+def _may_mask(e: Expr) -> bool:
+    """Whether a term may hold a mask's finfo.min: a float loaded for each key, or such a constant."""
+    for n in expr.walk(e):
+        if isinstance(n, Load) and n.dtype.is_floating_point and any(expr.depends_on(x, "j") for x in n.indices):
+            return True
+        if isinstance(n, Const) and n.value < -1e30:
+            return _constant(e) is None
+    return False
+
+
+def _constant(e: Expr) -> float | None:
+    if isinstance(e, Const) and e.dtype != torch.bool:
+        return float(e.value)
+    return float(int(e.value)) if isinstance(e, Int) and e.value.is_Integer else None
+
+
+def _float(value: float) -> str:
+    if math.isinf(value):
+        return f'float("{value}")'
+    return repr(value) if value >= 0 else f"({value!r})"
+
+
+def _bare(text: str) -> str:
+    """``text`` without parentheses that enclose all of it."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for n, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return text[1:-1] if n == len(text) - 1 else text
+    return text

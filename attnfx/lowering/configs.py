@@ -1,0 +1,88 @@
+"""Default block sizes, warps and pipeline stages: what to run before, or without, any tuning.
+
+The entries are the first of a list, from fast to frugal, that compile without spills for the heaviest sample program
+(dense relative bias, mask, exact rows; `attnfx/lowering/crosscompile.py`). Lighter programs may well run faster with
+larger tiles: that is for tuning to find.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+Kernel = Literal["forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias"]
+KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias")
+
+# bytes of shared memory one block may use
+SHARED_LIMIT = {
+    "sm80": 166_912,
+    "sm86": 101_376,
+    "sm89": 101_376,
+    "sm90": 232_448,
+    "sm100": 232_448,
+    "sm120": 101_376,
+    "gfx942": 65_536,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile rows of queries (`block_m`) and keys (`block_n`), warps a block, and stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# for padded head dimensions up to 64, up to 128, up to 256
+Widths = tuple[Config, Config, Config]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The defaults of one target in one class of dtypes; the three kinds of bias gradient share theirs."""
+
+    forward: Widths
+    query_gradient: Widths
+    key_gradient: Widths
+    bias: Widths
+
+
+#TABLES
+
+
+def padded(head_dim: int) -> int:
+    """The power of two >= 16 that holds a head dimension: what `tl.dot` takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def target_of(device: torch.device) -> str:
+    """The key of SHARED_LIMIT for a device; a CPU (Triton's interpreter) reads as sm90."""
+    if device.type != "cuda":
+        return "sm90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    exact, family = f"sm{major}{minor}", f"sm{major}0"
+    return exact if exact in SHARED_LIMIT else family if family in SHARED_LIMIT else "sm86"
+
+
+def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, target: str) -> Config:
+    """The table's entry for the wider of the two head dimensions (1 to 256) on `target` (a key of SHARED_LIMIT)."""
+    # chips with about 100 KB take what fits in AMD's 64 KB
+    known = target if target in HALF else "gfx942"
+    table = (FULL if dtype == torch.float32 else HALF)[known]
+    widths: Widths = table.bias if kernel.endswith("bias") else getattr(table, kernel)
+    width = max(padded(head_dim), padded(value_dim))
+    return widths[0 if width <= 64 else 1 if width <= 128 else 2]
+
+
+def fitted(config: Config, m: int, n: int) -> Config:
+    """`config` with blocks no larger than the sequence needs: 49 tokens do not want 128 rows."""
+    block_m, block_n = min(config.block_m, padded(m)), min(config.block_n, padded(n))
+    # half the tile or less: four warps have enough to do
+    small = block_m * block_n * 2 <= config.block_m * config.block_n
+    return replace(config, block_m=block_m, block_n=block_n, num_warps=min(config.num_warps, 4) if small else config.num_warps)

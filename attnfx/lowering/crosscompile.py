@@ -1,0 +1,226 @@
+"""Compiles every template for GPUs that are not here, and reports registers, spills and shared memory.
+
+The host functions run on meta tensors inside `launch.recording`, so what is compiled is what would be launched: the
+same switches, types, alignments and default blocks. NVIDIA's numbers come from the cubin by `cuobjdump`, which ships
+with Triton; AMD's from the assembly's metadata.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attnfx.lowering import launch
+from attnfx.lowering.configs import SHARED_LIMIT
+from attnfx.lowering.flash import BIAS_KINDS, Program, Residuals, backward, bias_gradient, forward
+from attnfx.lowering.templates import samples
+
+TARGETS = ("sm80", "sm90", "sm100", "gfx942")
+OPTIONS = ("num_warps", "num_stages")
+POINTER = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target. `spills` and `shared` are bytes (spills a thread), `limit` the target's shared memory;
+    `error` is the compiler's message where it failed, and `ok` says no error, no spill, and that it fits."""
+
+    template: str
+    program: str
+    dtype: str
+    head_dim: int
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    limit: int
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and self.spills == 0 and self.shared <= self.limit
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sample program (a key of PROGRAMS) at one dtype and head dimension for one target, and the kernels to take."""
+
+    program: str
+    dtype: torch.dtype
+    head_dim: int
+    target: str
+    kernels: tuple[str, ...] = ("forward", "query_gradient", "key_gradient")
+
+
+DENSE = Program(samples.plain, samples.plain_grad, None, None, None, -math.inf, False, False)
+CAUSAL = Program(
+    samples.plain, samples.plain_grad, samples.causal, samples.causal_keys, samples.causal_rows, -math.inf, False, False
+)
+EXACT = Program(
+    samples.relative_bias, samples.plain_grad, samples.causal, samples.causal_keys, samples.causal_rows,
+    torch.finfo(torch.float32).min, True, True,
+)  # fmt: skip
+PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT}
+
+
+def check(targets: Sequence[str] = TARGETS, jobs: Sequence[Job] | None = None, processes: int = 2) -> list[Row]:
+    """A row for every kernel of `jobs` (default: `representative`) on `targets`; ValueError names an unknown target."""
+    for target in targets:
+        if target not in SHARED_LIMIT:
+            raise ValueError(f"the target is {target!r}; supported: {', '.join(SHARED_LIMIT)}")
+    chosen = list(jobs) if jobs is not None else list(itertools.chain.from_iterable(map(representative, targets)))
+    if processes <= 1:
+        return [row for job in chosen for row in compile_job(job)]
+    # forked workers would inherit threads and CUDA
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in pool.map(compile_job, chosen) for row in rows]
+
+
+def representative(target: str) -> Iterator[Job]:
+    """Every template, both half precisions and float32, narrow to wide heads, without and with masks and exact rows."""
+    bf16, biases = torch.bfloat16, ("delta", *BIAS_KINDS)
+    for head_dim in (64, 128, 256):
+        yield Job("dense", bf16, head_dim, target)
+        yield Job("causal", bf16, head_dim, target)
+        yield Job("bias, finfo.min added", bf16, head_dim, target)
+        yield Job("bias, finfo.min added", bf16, head_dim, target, biases)
+    yield Job("causal", torch.float16, 80, target)
+    for head_dim in (64, 128, 256):
+        yield Job("causal", torch.float32, head_dim, target)
+        yield Job("bias, finfo.min added", torch.float32, head_dim, target, biases)
+
+
+def compile_job(job: Job) -> list[Row]:
+    """The rows of one job."""
+    rows = []
+    for name, call in _calls(job):
+        place = (name, job.program, str(job.dtype).removeprefix("torch."), job.head_dim, job.target)
+        limit = SHARED_LIMIT[job.target]
+        try:
+            rows.append(Row(*place, *_measure(call, job.target), limit))
+        except Exception as failure:  # a template that does not compile is a row of the report, not its end
+            rows.append(Row(*place, 0, 0, 0, limit, _reason(failure)))
+    return rows
+
+
+def _reason(failure: BaseException) -> str:
+    """The innermost cause: Triton wraps an error once for every function it was inlined into."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    return f"{type(failure).__name__}: {failure}"[:2000]
+
+
+def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
+    """(kernel, launch) for what the host functions would launch at an ordinary size."""
+    program = PROGRAMS[job.program]
+    batch, heads, key_heads, length = 2, 8, 4, 4096
+    q = torch.empty(batch, heads, length, job.head_dim, dtype=job.dtype, device="meta")
+    k = torch.empty(batch, key_heads, length, job.head_dim, dtype=job.dtype, device="meta")
+    loads = [torch.empty(heads, 2 * length - 1, device="meta")]
+    ints = [2 * length - 1, length - 1, 0]
+    stats = q.new_empty(q.shape[:3], dtype=torch.float32)
+    residuals = Residuals(stats, stats, stats, stats[..., 0].int())
+    with launch.recording(job.target) as recording:
+        forward(program, q, k, k, loads, ints)
+        backward(program, q, k, k, q, residuals, q, loads, ints)
+        for kind in BIAS_KINDS if "tile" in job.kernels else ():
+            bias_gradient(program, q, k, k, q, residuals, q, loads, ints, kind=kind, batch_broadcast=True,
+                          head_broadcast=False)  # fmt: skip
+    seen = set()
+    for call in recording.calls:
+        name = call.keywords.get("KIND") or call.kernel.__name__.removeprefix("flash_")
+        if name in job.kernels and name not in seen:
+            seen.add(name)
+            yield name, call
+
+
+def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:
+    """(registers a thread, spilled bytes a thread, shared bytes a block) of one launch compiled for `target`."""
+    nvidia = target.startswith("sm")
+    gpu = GPUTarget("cuda", int(target[2:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    options = {name: call.keywords[name] for name in OPTIONS if name in call.keywords}
+    compiled = triton.compile(source_of(call), target=gpu, options=options)
+    if nvidia:
+        registers, spills = _cubin_usage(compiled.asm["cubin"])
+    else:
+        registers, spills = _amd_usage(compiled.asm["amdgcn"])
+    return registers, spills, compiled.metadata.shared
+
+
+def source_of(call: launch.Call) -> ASTSource:
+    """What Triton would compile for a launch: its types, its constants, and 16-byte alignment where it would see it."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    given = dict(zip(call.kernel.arg_names, call.arguments, strict=False)) | call.keywords
+    for index, parameter in enumerate(call.kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+        else:
+            specialise = not parameter.do_not_specialize
+            signature[parameter.name] = _type_of(value, (index,), specialise, constants, attributes)
+    return ASTSource(call.kernel, signature, constants, attributes)
+
+
+def _type_of(
+    value: Any,
+    path: tuple[int, ...],
+    specialise: bool,
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], list[list[Any]]],
+) -> Any:
+    """The type of one argument, as Triton's binder would find it; fills in constants and alignments on the way."""
+    if isinstance(value, tuple):
+        return tuple(_type_of(v, (*path, k), specialise, constants, attributes) for k, v in enumerate(value))
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return POINTER[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if specialise and value == 1:
+        constants[path] = 1
+        return "constexpr"
+    if specialise and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory: what a spill is written to) of the only function of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: max(map(int, re.findall(rf"{name}:(\d+)", text)), default=0) for name in ("REG", "STACK", "LOCAL")}
+    return found["REG"], max(found["STACK"], found["LOCAL"])
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of spills) from the metadata at the end of AMD assembly; 4 bytes a register."""
+    found = {name: int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1]) for name in ("vgpr_count", "vgpr_spill_count")}
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"]

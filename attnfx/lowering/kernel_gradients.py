@@ -1,0 +1,50 @@
+"""Backward through the flash kernels: dq, dk, dv, and each planned gradient of a side tensor in that tensor's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from attnfx.lowering import codegen, flash
+from attnfx.lowering.gradients import to_layout
+from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable import Result
+
+
+def backward(
+    plan: KernelPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    seed: Tensor | None,
+    result: Result,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    text: str,
+) -> list[Tensor]:
+    """The same contract as `portable.backward`; ``text`` is the plan's JSON."""
+    numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), loads)
+    program, tensors = codegen.program_of(text), codegen.pointers(plan, loads)
+    residuals = flash.Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
+    dropout = plan.site.dropout
+    grads = list(
+        flash.backward(
+            program, q, k, v, result.out, residuals, grad_out, tensors, numbers, grad_lse=grad_lse, dropout_p=dropout, seed=seed
+        )
+    )
+    for g in plan.gradients:
+        if g.kind == "row":
+            # softmax does not see a term that all keys share; the log of its sum does
+            total = result.lse.new_zeros(result.lse.shape) if grad_lse is None else grad_lse.float()
+            for axis, shared in ((0, g.batch_broadcast), (1, g.head_broadcast)):
+                total = total.sum(axis, keepdim=True) if shared else total
+        else:
+            total = flash.bias_gradient(
+                program, q, k, v, result.out, residuals, grad_out, tensors, numbers, kind=g.kind, batch_broadcast=g.batch_broadcast,
+                head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
+            )  # fmt: skip
+        grads.append(to_layout(g, total, loads[g.slot]))
+    return grads

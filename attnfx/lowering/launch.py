@@ -1,0 +1,55 @@
+"""One door through which every kernel is launched, and a recorder that keeps the launches instead of making them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch that was not made: the `@triton.jit` function, its positional and its keyword arguments."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The launches for a target (a key of `configs.SHARED_LIMIT`), in order."""
+
+    target: str
+    calls: list[Call] = field(default_factory=list)
+
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("attnfx_launch_recording", default=None)
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
+    """Launch `kernel` over `grid`, or record the launch inside `recording`."""
+    recording = _RECORDING.get()
+    if recording is None:
+        kernel[grid](*arguments, **keywords)
+    else:
+        recording.calls.append(Call(kernel, arguments, keywords))
+
+
+def recorded_target() -> str | None:
+    """The target being recorded for, None where launches are real."""
+    recording = _RECORDING.get()
+    return recording.target if recording else None
+
+
+@contextmanager
+def recording(target: str) -> Iterator[Recording]:
+    """Within it the host functions run on meta tensors and pick blocks for `target`; nothing is launched."""
+    made = Recording(target)
+    token = _RECORDING.set(made)
+    try:
+        yield made
+    finally:
+        _RECORDING.reset(token)

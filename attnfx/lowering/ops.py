@@ -1,0 +1,185 @@
+"""The operators that attention becomes in a compiled graph: `attnfx::attention`, and `attnfx::flash` with its backward.
+
+`attention` is what a graph is given: it builds relative tables and draws the dropout seed with ordinary torch operations, which the
+compiler sees, and calls `flash`, which is opaque. The plan travels as JSON text, so that a cached graph needs nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnfx.lowering import portable
+from attnfx.lowering.plan import KernelPlan
+
+LIBRARY = torch.library.Library("attnfx", "FRAGMENT")
+_TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+_FLASH = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, Tensor? seed, str plan"
+_RESULT = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum, Tensor degenerate"
+
+LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan) -> Tensor")
+LIBRARY.define(f"flash({_FLASH}) -> ({_RESULT})", tags=_TAGS)
+LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]", tags=_TAGS)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str) -> Tensor:
+    """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): the attention that ``plan`` (text of a KernelPlan) describes.
+
+    ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable once, in query, key, value and the
+    side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
+    """
+    read = KernelPlan.from_json(plan)
+    if len(loads) != read.given:
+        raise ValueError(f"{len(loads)} side tensors were given; the plan has {read.given}")
+    values = read.values(sizes, key.shape[2], loads)
+    tables = [t.build(query, key.shape[2], loads, values) for t in read.tables]
+    seed = None
+    if read.site.dropout > 0.0:
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
+    out: Tensor = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan)[0]
+    return out
+
+
+def _flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str
+) -> portable.Result:
+    return _forward(_has_kernel(KernelPlan.from_json(plan), interpreted=True), q, k, v, loads, sizes, seed, plan)
+
+
+def _flash_cuda(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str
+) -> portable.Result:
+    return _forward(_has_kernel(KernelPlan.from_json(plan), interpreted=False), q, k, v, loads, sizes, seed, plan)
+
+
+def _has_kernel(plan: KernelPlan, interpreted: bool) -> bool:
+    """Whether the Triton kernels run this: on a CPU only inside Triton's interpreter."""
+    return plan.family == "flash" and (not interpreted or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _forward(
+    kernel: bool, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, text: str
+) -> portable.Result:
+    plan = KernelPlan.from_json(text)
+    if not kernel or k.shape[2] == 0:
+        return portable.forward(plan, q, k, v, loads, sizes, seed)
+    from attnfx.lowering import codegen, flash
+
+    numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), loads)
+    tensors = codegen.pointers(plan, loads)
+    out, r = flash.forward(codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed)
+    return portable.Result(out, r.lse, r.row_max, r.row_sum, r.degenerate)
+
+
+def _backward_cpu(*args: Any) -> list[Tensor]:
+    return _backward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=True), *args)
+
+
+def _backward_cuda(*args: Any) -> list[Tensor]:
+    return _backward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=False), *args)
+
+
+def _backward(
+    kernel: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    seed: Tensor | None,
+    text: str,
+    out: Tensor,
+    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    degenerate: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> list[Tensor]:
+    plan, result = KernelPlan.from_json(text), portable.Result(out, lse, row_max, row_sum, degenerate)
+    if not kernel or k.shape[2] == 0:
+        return portable.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse)
+    from attnfx.lowering import kernel_gradients
+
+    return kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text)
+
+
+def _flash_fake(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str
+) -> portable.Result:
+    return portable.new_result(KernelPlan.from_json(plan), q, k, v)
+
+
+def _backward_fake(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Any, seed: Any, plan: str, *rest: Any) -> list[Tensor]:
+    slots = [g.slot for g in KernelPlan.from_json(plan).gradients]
+    return [t.new_empty(t.shape) for t in (q, k, v, *(loads[s] for s in slots))]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, loads, sizes, seed, plan = inputs
+    ctx.loads, ctx.sizes, ctx.has_seed, ctx.plan = len(loads), list(sizes), seed is not None, plan
+    ctx.save_for_backward(q, k, v, *loads, *([seed] if seed is not None else []), *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _flash_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    plan = KernelPlan.from_json(ctx.plan)
+    q, k, v, *saved = ctx.saved_tensors
+    loads, saved = saved[: ctx.loads], saved[ctx.loads :]
+    seed, results = (saved[0], saved[1:]) if ctx.has_seed else (None, saved)
+    _check_planned(plan, ctx.needs_input_grad[3])
+    grads: list[Tensor | None] = [None] * ctx.loads
+    # torch reads a list of numbers as one argument, and an empty list as a list of tensors
+    no_sizes = None if ctx.sizes else []
+    if grad_out is None and grad_lse is None:
+        return None, None, None, grads, no_sizes, None, None
+    grad_out = torch.zeros_like(results[0]) if grad_out is None else grad_out
+    dq, dk, dv, *rest = torch.ops.attnfx.flash_backward(q, k, v, loads, ctx.sizes, seed, ctx.plan, *results, grad_out, grad_lse)
+    for gradient, grad in zip(plan.gradients, rest, strict=True):
+        grads[gradient.slot] = grad
+    return dq, dk, dv, grads, no_sizes, None, None
+
+
+def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
+    planned = {g.slot for g in plan.gradients}
+    for slot in plan.used_slots:
+        if needed[slot] and slot not in planned:
+            raise RuntimeError(
+                f"side tensor {slot} of this attention requires a gradient and the plan was made without one; compile the model again "
+                "with requires_grad as it is now"
+            )
+
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+def _twice(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "attnfx's attention is differentiable once: its gradient has no gradient (create_graph=True, torch.func.hessian). "
+        'Run the model without backend="attnfx" for second derivatives.'
+    )
+
+
+def _register() -> None:
+    from attnfx.lowering import mapped
+
+    LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
+    LIBRARY.impl("flash", _flash_cpu, "CPU")
+    LIBRARY.impl("flash", _flash_cuda, "CUDA")
+    LIBRARY.impl("flash_backward", _backward_cpu, "CPU")
+    LIBRARY.impl("flash_backward", _backward_cuda, "CUDA")
+    torch.library.register_fake("attnfx::flash", _flash_fake, lib=LIBRARY)
+    torch.library.register_fake("attnfx::flash_backward", _backward_fake, lib=LIBRARY)
+    torch.library.register_autograd("attnfx::flash", _flash_autograd, setup_context=_setup, lib=LIBRARY)
+    torch.library.register_autograd("attnfx::flash_backward", _twice, setup_context=_no_setup, lib=LIBRARY)
+    for name in ("attention", "flash", "flash_backward"):
+        torch.library.register_vmap(f"attnfx::{name}", mapped.looped(name), lib=LIBRARY)
+
+
+_register()

@@ -1,0 +1,277 @@
+"""KernelPlan: everything about one site that a kernel is generated from and called with, as data that travels as JSON text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, cast
+
+import sympy
+import torch
+from torch import Tensor
+
+from attnfx import expr
+from attnfx.expr import Const, Expr, Load
+from attnfx.facts import Facts, prove
+from attnfx.lowering import tables as relative
+from attnfx.lowering.derivative import derivative, has_score, widened
+from attnfx.lowering.gradients import BiasGradient, find
+from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
+from attnfx.lowering.tables import KEYS, Table, clamped, size_symbol
+from attnfx.serialize import (
+    FormatError,
+    Json,
+    Reader,
+    Writer,
+    fields,
+    read_symbol,
+    site_from_data,
+    site_to_data,
+    write_symbol,
+)
+from attnfx.site import AttentionSite, Origin, SideTensor
+
+Family = Literal["flash", "portable"]
+VERSION = 1
+WIDEST = 256
+#: A fill at or below this meets no real score.
+UNREACHABLE = -1e30
+#: exp(-110) is 0 in float32: a row whose largest kept score is farther than this above the fill gives the fill no weight.
+REACH = 110.0
+#: No score is this low: a logit below it comes from a mask that was added.
+MASKED_OUT = -1e38
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """A site made ready: slots are numbers, the score program is widened and reads relative tables, indices stay in range.
+
+    ``site.side`` lists the caller's side tensors and then one for each of ``tables``; ``symbols`` are the size symbols whose values the
+    caller passes (those of the site that the plan was made from, in its order). ``exact_rows``: rows may exist for which eager's own
+    softmax over all keys, or its NaN, must be computed.
+    """
+
+    site: AttentionSite
+    family: Family
+    tables: tuple[Table, ...]
+    gradients: tuple[BiasGradient, ...]
+    exact_rows: bool
+    symbols: tuple[sympy.Symbol, ...]
+
+    @property
+    def given(self) -> int:
+        """How many side tensors the caller passes."""
+        return len(self.site.side) - len(self.tables)
+
+    @cached_property
+    def facts(self) -> Facts:
+        return self.site.facts
+
+    @cached_property
+    def key_bounds(self) -> Bounds | None:
+        return key_bounds(self.facts)
+
+    @cached_property
+    def query_bounds(self) -> Bounds | None:
+        return query_bounds(self.facts)
+
+    @cached_property
+    def score_derivative(self) -> Expr | None:
+        return derivative(self.site.score)
+
+    @property
+    def masked(self) -> bool:
+        return self.site.keep != expr.TRUE
+
+    @cached_property
+    def used_slots(self) -> tuple[int, ...]:
+        """The slots that score and keep load from, in order."""
+        nodes = (*expr.walk(self.site.score), *expr.walk(self.site.keep))
+        return tuple(sorted({cast(int, n.slot) for n in nodes if isinstance(n, Load)}))
+
+    @cached_property
+    def kernel_symbols(self) -> tuple[sympy.Symbol, ...]:
+        """The size symbols that score and keep mention: the first of the numbers that a kernel is given."""
+        return self.site.symbols
+
+    @property
+    def floor(self) -> float:
+        """The natural logit at or below which a row's largest kept score leaves weight to the fill, or is itself a mask's finfo.min."""
+        return max(self.site.fill + REACH, MASKED_OUT)
+
+    def values(self, sizes: Sequence[int], keys: int, loads: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
+        """The value of every size symbol: the caller's ``sizes``, the number of keys, the sizes of side tensors."""
+        if len(sizes) != len(self.symbols):
+            raise ValueError(f"{len(sizes)} sizes were given; the plan has the symbols {', '.join(map(str, self.symbols)) or 'none'}")
+        values = {KEYS: keys, **dict(zip(self.symbols, sizes, strict=True))}
+        for slot, axis in self._sized:
+            values[size_symbol(slot, axis)] = loads[slot].shape[axis]
+        return values
+
+    @cached_property
+    def _sized(self) -> tuple[tuple[int, int], ...]:
+        wanted = {s for e in self._expressions for s in expr.symbols(e)}
+        axes = ((slot, axis) for slot, t in enumerate(self.site.side) for axis in range(len(t.shape)))
+        return tuple(at for at in axes if size_symbol(*at) in wanted)
+
+    @property
+    def _expressions(self) -> tuple[Expr, ...]:
+        return self.site.score, self.site.keep, *(t.recipe for t in self.tables)
+
+    def to_json(self) -> str:
+        """One line of JSON; equal plans give equal text."""
+        writer = Writer()
+        tables = [{"slot": t.slot, "recipe": writer.add(t.recipe), "per_head": t.per_head} for t in self.tables]
+        site = site_to_data(self.site, writer)
+        data = {
+            "attnfx": VERSION, "family": self.family, "exact_rows": self.exact_rows, "symbols": [write_symbol(s) for s in self.symbols],
+            "site": site, "tables": tables, "gradients": [dataclasses.asdict(g) for g in self.gradients], "nodes": writer.nodes,
+        }  # fmt: skip
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> KernelPlan:
+        """The plan that ``to_json`` wrote; the same object for the same text. Raises FormatError; runs nothing that it reads."""
+        return _load(text)
+
+
+def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ...]:
+    """The plan of ``site`` for a family, or sentences that say why it has none."""
+    site = _numbered(site).replace(origin=Origin())
+    objections = _objections(site, family)
+    if objections:
+        return objections
+    symbols, exact = site.symbols, _needs_exact_rows(site)
+    score = widened(clamped(site.score, site))
+    score, tables = relative.extract(score, site, len(site.side))
+    ready = site.replace(score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)))
+    gradients = find(score, ready.side, [t.slot for t in tables])
+    if any(isinstance(g, str) for g in gradients):
+        return cast(tuple[str, ...], gradients)
+    plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols)
+    return (_unprintable(plan) if family == "flash" else ()) or plan
+
+
+def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
+    from attnfx.lowering import codegen
+
+    return codegen.objections(plan)
+
+
+def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
+    found = []
+    if family == "flash":
+        for name, size in (("head_dim", site.head_dim), ("value dim", site.value_dim)):
+            if not 1 <= size <= WIDEST:
+                found.append(f"{name} is {size}; the flash kernels take 1 to {WIDEST}.")
+        if site.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            found.append(f"the dtype is {site.dtype}; the flash kernels take float16, bfloat16 and float32.")
+    if not has_score(site.score):
+        found.append("the scores do not depend on query and key.")
+    if has_score(site.keep):
+        found.append("the mask depends on the scores; a mask here is a predicate of positions and side tensors.")
+    if site.requires_grad and derivative(widened(site.score)) is None:
+        found.append("the score program has no derivative here: it uses an operation of the scores that is not one of add, sub, mul, div "
+                     "by a constant, neg, tanh, exp, sigmoid, cast, where.")  # fmt: skip
+    if math.isnan(site.fill) or site.fill > 0:
+        found.append(f"the fill is {site.fill}; a mask fills with a negative number or -inf.")
+    return tuple(found)
+
+
+def _numbered(site: AttentionSite) -> AttentionSite:
+    """Slots as numbers: they index ``side`` in the order in which score and then keep mention them, unless they are numbers already."""
+    loads = [n for e in (site.score, site.keep) for n in expr.walk(e) if isinstance(n, Load)]
+    slots: dict[Hashable, int] = {}
+    for load in loads:
+        slots.setdefault(load.slot, len(slots))
+    if all(isinstance(s, int) for s in slots):
+        return site
+    if len(slots) != len(site.side):
+        raise ValueError(f"the formulas load from {len(slots)} slots, and the site has {len(site.side)} side tensors")
+
+    def leaf(node: Expr) -> Expr | None:
+        if not isinstance(node, Load):
+            return None
+        return Load(slots[node.slot], tuple(expr.rebuild(x, leaf) for x in node.indices), node.dtype)
+
+    return site.replace(score=expr.rebuild(site.score, leaf), keep=expr.rebuild(site.keep, leaf))
+
+
+def _needs_exact_rows(site: AttentionSite) -> bool:
+    if site.empty_rows == "zero":
+        return False
+    facts = prove(site.keep, site.queries, site.keys, site.ranges)
+    if not (facts.nonempty or facts.full) or site.fill > UNREACHABLE:
+        return site.keep != expr.TRUE or _may_be_infinite(site.score)
+    return _may_be_infinite(site.score)
+
+
+def _may_be_infinite(score: Expr) -> bool:
+    """Whether a mask may hide in the scores as -inf: an infinite constant, or a loaded float tensor that has one value a key."""
+    for node in expr.walk(score):
+        if isinstance(node, Const) and isinstance(node.value, float) and math.isinf(node.value):
+            return True
+        if isinstance(node, Load) and node.dtype.is_floating_point and any(x == expr.index("j") for x in node.indices):
+            return True
+    return False
+
+
+def _side(table: Table, site: AttentionSite) -> SideTensor:
+    rows = site.heads if table.per_head else sympy.Integer(1)
+    slots = [cast(int, n.slot) for n in expr.walk(table.recipe) if isinstance(n, Load)]
+    grad = any(site.side[s].requires_grad and site.side[s].dtype.is_floating_point for s in slots)
+    return SideTensor((rows, site.queries + site.keys - 1), table.dtype, grad)
+
+
+@lru_cache(maxsize=1024)
+def _load(text: str) -> KernelPlan:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as failure:
+        raise FormatError(f"the plan is not JSON: {failure}") from None
+    fields(data, "plan", ("attnfx", "family", "exact_rows", "symbols", "site", "tables", "gradients", "nodes"))
+    if data["attnfx"] != VERSION:
+        raise FormatError(f"the plan's format is {data['attnfx']!r}; this version reads {VERSION}")
+    if data["family"] not in ("flash", "portable") or not isinstance(data["exact_rows"], bool):
+        raise FormatError(f'family is {data["family"]!r} and exact_rows {data["exact_rows"]!r}; known: "flash" or "portable", and a bool')
+    reader = Reader(data["nodes"], len(data["site"]["side"]) if isinstance(data["site"], dict) and "side" in data["site"] else 0)
+    site = site_from_data(data["site"], reader)
+    side, symbols = len(site.side), tuple(read_symbol(s) for s in _items(data["symbols"], "symbols"))
+    tables = tuple(_read_table(t, reader, side) for t in _items(data["tables"], "tables"))
+    gradients = tuple(_read_gradient(g, side) for g in _items(data["gradients"], "gradients"))
+    return KernelPlan(site, data["family"], tables, gradients, data["exact_rows"], symbols)
+
+
+def _items(data: Json, what: str) -> list[Json]:
+    if not isinstance(data, list):
+        raise FormatError(f"{what} is a {type(data).__name__}; it is a list")
+    return data
+
+
+def _slot(data: Json, side: int) -> int:
+    if type(data) is not int or not 0 <= data < side:
+        raise FormatError(f"slot {data!r} is not one of the {side} side tensors")
+    return data
+
+
+def _flag(data: Mapping[str, Json], name: str) -> bool:
+    if not isinstance(data[name], bool):
+        raise FormatError(f"{name} is {data[name]!r}; it is a bool")
+    return data[name]  # type: ignore[no-any-return]
+
+
+def _read_table(data: Json, reader: Reader, side: int) -> Table:
+    fields(data, "table", ("slot", "recipe", "per_head"))
+    return Table(_slot(data["slot"], side), reader.get(data["recipe"]), _flag(data, "per_head"))
+
+
+def _read_gradient(data: Json, side: int) -> BiasGradient:
+    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes"))
+    axes = _items(data["axes"], "axes")
+    if data["kind"] not in ("tile", "column", "row", "diagonal") or any(a not in ("", "b", "h", "i", "j", "i-j") for a in axes):
+        raise FormatError(f"a gradient is {data['kind']!r} of the axes {axes}; known: tile, column, row, diagonal of b, h, i, j, i-j")
+    return BiasGradient(_slot(data["slot"], side), data["kind"], _flag(data, "batch_broadcast"), _flag(data, "head_broadcast"), tuple(axes))

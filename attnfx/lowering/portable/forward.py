@@ -1,0 +1,123 @@
+"""Blockwise forward: each block of query rows meets all its keys at once, so that its softmax is the textbook's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable.blocks import Block, Problem
+
+
+class Result(NamedTuple):
+    """O (B,H,M,DV) laid out (B,M,H,DV); natural LSE (B,H,M); row maxima and sums (B,H,M) and a flag (B,H) int32, all of numel 0
+    unless the plan has exact rows. A negative sum marks a row of a block that was computed over all keys, as eager does it."""
+
+    out: Tensor
+    lse: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    degenerate: Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Unnormalised weights of a block, their row maxima and sums (B',H',R,1); ``literal``: eager's own, over all keys."""
+
+    block: Block
+    p: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    literal: bool
+
+
+def forward(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None) -> Result:
+    """q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV), any strides; ``loads`` are the caller's side tensors and then the plan's tables."""
+    problem = Problem(plan, q, k, v, loads, tuple(sizes), seed)
+    result = new_result(plan, q, k, v)
+    if problem.empty:
+        result.out.zero_()
+        result.lse.fill_(-math.inf)
+        return result
+    for batches, heads in problem.chunks():
+        keys, values = problem.keys_of(k, batches, heads), problem.keys_of(v, batches, heads)
+        for block in problem.blocks(batches, heads):
+            _store(result, problem, block_weights(problem, block, keys), values)
+    return result
+
+
+def new_result(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """Uninitialised outputs; also the rule for fake tensors."""
+    batch, heads, rows = q.shape[:3]
+    working = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty((batch, rows, heads, v.shape[3]), dtype=v.dtype).transpose(1, 2)
+    lse = q.new_empty((batch, heads, rows), dtype=working)
+    if not plan.exact_rows:
+        none = q.new_empty(0, dtype=working)
+        return Result(out, lse, none, torch.empty_like(none), q.new_empty(0, dtype=torch.int32))
+    return Result(out, lse, torch.empty_like(lse), torch.empty_like(lse), q.new_zeros((batch, heads), dtype=torch.int32))
+
+
+def block_weights(problem: Problem, block: Block, keys: Tensor) -> Weights:
+    """exp(z - row maximum) of a block; over all keys, in eager's terms, where a row of it meets the fill."""
+    plan = problem.plan
+    z = masked_logits(problem, block, dots(problem, block, keys))
+    row_max = z.amax(-1, keepdim=True) if z.shape[-1] else z.new_full((*z.shape[:-1], 1), -math.inf)
+    literal = plan.exact_rows and bool((row_max <= plan.floor).any())
+    if literal and plan.masked:
+        block = problem.all_keys(block)
+        z = literal_logits(problem, block, dots(problem, block, keys))[0]
+        row_max = z.amax(-1, keepdim=True)
+    elif not plan.exact_rows:
+        row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
+    p = (z - row_max).exp_()
+    return Weights(block, p, row_max, p.sum(-1, keepdim=True), literal)
+
+
+def dots(problem: Problem, block: Block, keys: Tensor) -> Tensor:
+    """q . k of a block, (B',H',R,C)."""
+    part = keys[:, :, block.keys.start : block.keys.stop]
+    return problem.unstacked(problem.rows_of(problem.q, block) @ part.transpose(-1, -2))
+
+
+def masked_logits(problem: Problem, block: Block, dot: Tensor) -> Tensor:
+    """Logits with -inf where the mask does not keep."""
+    z = problem.logits(block, dot)
+    keep = problem.keep(block)
+    return z if keep is None else z.masked_fill(~keep, -math.inf)
+
+
+def literal_logits(problem: Problem, block: Block, dot: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits as the model fills them, and the mask."""
+    z, keep, site = problem.logits(block, dot), problem.keep(block), problem.plan.site
+    if keep is None:
+        return z, keep
+    if site.additive:
+        # the model's own sum: at finfo.min the score is lost to rounding
+        return z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)), keep
+    return z.masked_fill(~keep, site.fill), keep
+
+
+def _store(result: Result, problem: Problem, w: Weights, values: Tensor) -> None:
+    block, exact = w.block, problem.plan.exact_rows
+    survived, scale = w.p, problem.dropout(w.block)
+    if scale is not None:
+        survived = survived * scale
+    part = values[:, :, block.keys.start : block.keys.stop]
+    total = problem.unstacked(problem.stacked(survived) @ part)
+    row_sum = w.row_sum if exact else w.row_sum.masked_fill(w.row_sum == 0.0, 1.0)
+    at = (slice(block.batches.start, block.batches.stop), slice(block.heads.start, block.heads.stop), slice(block.rows.start, block.rows.stop))
+    result.out[at] = (total / row_sum).to(result.out.dtype)
+    lse = w.row_max + w.row_sum.log()
+    result.lse[at] = (lse if exact else lse.masked_fill(w.row_sum == 0.0, -math.inf))[..., 0]
+    if exact:
+        result.row_max[at] = w.row_max[..., 0]
+        marked = -w.row_sum.masked_fill(w.row_sum == 0.0, 1.0) if w.literal else w.row_sum
+        result.row_sum[at] = marked[..., 0]
+        if w.literal:
+            result.degenerate[at[:2]] = 1

@@ -1,0 +1,54 @@
+"""Arithmetic that generated programs call by name: torch's meaning of each, on NVIDIA, AMD and in the interpreter."""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# below any real score, above finfo.min of float32 and bfloat16 divided by log2(e)
+MASKED_OUT = tl.constexpr(-1e38)
+
+
+@triton.jit
+def to_base_2(bias):
+    """bias * log2(e), except that a mask's finfo.min stays finite: it would become -inf, which means something else."""
+    return tl.where(bias < MASKED_OUT, bias, bias * LOG2E)
+
+
+@triton.jit
+def tanh(x):
+    """2 / (1 + exp(-2|x|)) - 1 with the sign of x; exact at 0 and at infinity."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def floor_divide(a, b):
+    """floor(a / b) of integers; Triton's own rounds towards zero."""
+    top = tl.where(b < 0, -a, a)
+    bottom = tl.where(b < 0, -b, b)
+    return tl.where(top < 0, -((bottom - 1 - top) // bottom), top // bottom)
+
+
+@triton.jit
+def floor_modulo(a, b):
+    """a - b * floor(a / b) of integers."""
+    return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def float_modulo(a, b):
+    """a - b * floor(a / b) of floats."""
+    return a - tl.floor(a / b) * b
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x rounded to a narrower float type, in float32: what the model's own half-precision arithmetic did."""
+    return tl.cast(tl.cast(x, DTYPE), tl.float32)

@@ -1,0 +1,214 @@
+"""Gradient of a side tensor that is added to the natural logits: whole tiles, key columns, or relative diagonals."""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
+from attnfx.lowering.templates.tiles import column_pointers, dropout_scale, head_base, load_tile, row_pointers
+
+
+@triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches"])
+def flash_bias_gradient(
+    q,
+    k,
+    v,
+    grad_o,
+    out,
+    stats,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_o_strides,
+    loads,
+    ints,
+    heads,
+    group,
+    M,
+    N,
+    dropout_p,
+    batches,
+    SCORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    KV_RANGE: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KIND: tl.constexpr,
+    BATCH_BROADCAST: tl.constexpr,
+    HEAD_BROADCAST: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums of dz over what the side tensor does not index; fp32, each element with one owner and one order of sums.
+
+    KIND "tile": out (BB,BH,M,N), a program owns one tile and sums over the broadcast b and h. "column": out (BB,BH,N),
+    it owns BLOCK_N keys and also sums over the rows. "diagonal": out (2,BB,BH,tiles,BLOCK), it owns the band of square
+    tiles at one i_tile - j_tile, whose elements at one place of the tile all have the same i - j; a band covers two
+    blocks of i - j, of which it writes one to each half of `out`, and the host adds the halves. Grid: slots * BB * BH.
+    """
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    key_tiles = tl.cdiv(N, BLOCK_N)
+    if KIND == "tile":
+        slots = row_tiles * key_tiles
+        slot = tl.program_id(0) % slots
+        i_tile = slot // key_tiles
+        j_tile = slot % key_tiles
+        length = 1
+    elif KIND == "column":
+        slots = key_tiles
+        slot = tl.program_id(0) % slots
+        i_tile = 0
+        j_tile = slot
+        length = row_tiles
+    else:
+        slots = row_tiles + key_tiles - 1
+        slot = tl.program_id(0) % slots
+        i_tile = tl.maximum(slot - (key_tiles - 1), 0)
+        j_tile = tl.maximum(key_tiles - 1 - slot, 0)
+        length = tl.minimum(row_tiles - i_tile, key_tiles - j_tile)
+    owner = tl.program_id(0) // slots
+    first_b = owner
+    first_h = 0
+    members = 1
+    if HEAD_BROADCAST:
+        members = heads
+    else:
+        first_b = owner // heads
+        first_h = owner % heads
+    per_batch = members
+    if BATCH_BROADCAST:
+        members = members * batches
+    noise = (0, dropout_p)
+    if DROPOUT:
+        noise = (tl.load(seed), dropout_p)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for turn in tl.range(0, members * length, num_stages=STAGES):
+        member = turn // length
+        move = turn % length
+        b = first_b + member // per_batch
+        h = first_h + member % per_batch
+        i_first = (i_tile + move) * BLOCK_M
+        j_first = j_tile * BLOCK_N
+        if KIND == "diagonal":
+            j_first += move * BLOCK_N
+        if KEEP is not None and KV_RANGE is not None:
+            keys = KV_RANGE(i_first, tl.minimum(i_first + BLOCK_M, M) - 1, ints)
+            visit = (keys[0] < j_first + BLOCK_N) & (keys[3] > j_first)
+            if EXACT_ROWS:
+                # in a head with a degenerate row eager may give any key a weight
+                visit = visit | (tl.load(stats[4] + b * heads + h) != 0)
+            if visit:
+                acc += _tile_gradient(
+                    q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
+                    heads, group, M, N, noise, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV,
+                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                )  # fmt: skip
+        else:
+            acc += _tile_gradient(
+                q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads,
+                group, M, N, noise, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV, BLOCK_M,
+                BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
+
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    wide = tl.cast(owner, tl.int64)
+    if KIND == "tile":
+        offs_i = i_tile * BLOCK_M + rows
+        offs_j = j_tile * BLOCK_N + columns
+        at = wide * M * N + offs_i.to(tl.int64)[:, None] * N + offs_j[None, :]
+        tl.store(out + at, acc, mask=(offs_i < M)[:, None] & (offs_j < N)[None, :])
+    elif KIND == "column":
+        offs_j = j_tile * BLOCK_N + columns
+        tl.store(out + wide * N + offs_j, tl.sum(acc, 0), mask=offs_j < N)
+    else:
+        # skewed [row, c]: the element of that row on circular diagonal c, which is i - j = c, or c - BLOCK if row < c
+        source = (rows[:, None] - columns[None, :] + BLOCK_N) % BLOCK_N
+        skewed = tl.gather(acc, source, 1)
+        upper = rows[:, None] < columns[None, :]
+        blocks = row_tiles + key_tiles
+        half = tl.cast(tl.num_programs(0) // slots, tl.int64) * blocks * BLOCK_N
+        at = (wide * blocks + slot) * BLOCK_N + columns
+        tl.store(out + at, tl.sum(tl.where(upper, skewed, 0.0), 0))
+        tl.store(out + half + at + BLOCK_N, tl.sum(tl.where(upper, 0.0, skewed), 0))
+
+
+@triton.jit
+def _tile_gradient(
+    q,
+    k,
+    v,
+    grad_o,
+    stats,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_o_strides,
+    i_first,
+    j_first,
+    b,
+    h,
+    heads,
+    group,
+    M,
+    N,
+    noise,
+    loads,
+    ints,
+    SCORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dz [BLOCK_M, BLOCK_N] of the tile at (i_first, j_first) of head (b, h), zero outside."""
+    bh = b * heads + h
+    b = tl.cast(b, tl.int32)
+    h = tl.cast(h, tl.int32)
+    offs_m = i_first + tl.arange(0, BLOCK_M)
+    offs_n = j_first + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    row_ok = (offs_m < M)[:, None]
+    key_ok = (offs_n < N)[None, :]
+    d_ok = offs_d < D
+    dv_ok = offs_dv < DV
+    # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV], k_tile [BLOCK_D, BLOCK_N], v_tile [BLOCK_DV, BLOCK_N]
+    queries = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
+    q_tile = load_tile(queries, row_ok, d_ok[None, :], True, D != BLOCK_D)
+    grads = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
+    grad_tile = load_tile(grads, row_ok, dv_ok[None, :], True, DV != BLOCK_DV)
+    keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
+    k_tile = load_tile(keys, key_ok, d_ok[:, None], True, D != BLOCK_D)
+    values = column_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
+    v_tile = load_tile(values, key_ok, dv_ok[:, None], True, DV != BLOCK_DV)
+    lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
+    statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
+    dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+    i = tl.minimum(offs_m, M - 1)[:, None]
+    j = tl.minimum(offs_n, N - 1)[None, :]
+    weights, live = softmax_weights(
+        dot, statistics, i, j, key_ok, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, True,
+    )  # fmt: skip
+    dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
+    if DROPOUT:
+        dweights = dweights * dropout_scale(i, j, bh, noise)
+    return logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)

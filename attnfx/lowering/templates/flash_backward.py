@@ -1,0 +1,391 @@
+"""Flash attention backward: row deltas, the gradient of q by row tiles, those of k and v by key tiles; no atomics."""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from attnfx.lowering.templates.gradient import gradient_range, logit_gradient, row_statistics, softmax_weights
+from attnfx.lowering.templates.tiles import (
+    column_pointers,
+    dropout_scale,
+    head_base,
+    load_tile,
+    row_pointers,
+    tile_start,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "M"])
+def flash_delta(
+    o,
+    grad_o,
+    grad_lse,
+    delta,
+    o_strides,
+    grad_o_strides,
+    heads,
+    M,
+    HAS_GRAD_LSE: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """delta (B,H,M) fp32 = sum_d dO * O - dLSE: what the logits need of both; grid (row tiles * B * H,)."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    bh = tl.program_id(0) // tiles
+    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    ok = (offs_m < M)[:, None] & (offs_dv < DV)[None, :]
+    # o_tile, grad_tile [BLOCK_M, BLOCK_DV]
+    o_base = head_base(o, o_strides, bh // heads, bh % heads)
+    o_tile = tl.load(row_pointers(o_base, o_strides, offs_m, offs_dv), mask=ok, other=0.0).to(tl.float32)
+    grad_base = head_base(grad_o, grad_o_strides, bh // heads, bh % heads)
+    grad_tile = tl.load(row_pointers(grad_base, grad_o_strides, offs_m, offs_dv), mask=ok, other=0.0).to(tl.float32)
+    total = tl.sum(o_tile * grad_tile, 1)
+    at = bh.to(tl.int64) * M + offs_m
+    if HAS_GRAD_LSE:
+        total -= tl.load(grad_lse + at, mask=offs_m < M, other=0.0)
+    tl.store(delta + at, total, mask=offs_m < M)
+
+
+@triton.jit(do_not_specialize=["heads", "group", "M", "N"])
+def flash_query_gradient(
+    q,
+    k,
+    v,
+    grad_o,
+    grad_q,
+    stats,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_o_strides,
+    grad_q_strides,
+    loads,
+    ints,
+    heads,
+    group,
+    M,
+    N,
+    dropout_p,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    KEEP: tl.constexpr,
+    KV_RANGE: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate);
+    grid (row tiles * B * H,)."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    if KV_RANGE is not None:
+        # the heaviest tiles first, as in the forward kernel
+        tile = tiles - 1 - tile
+    b = bh // heads
+    h = bh % heads
+    at = (b, h, bh)
+    noise = (0, dropout_p)
+    if DROPOUT:
+        noise = (tl.load(seed), dropout_p)
+
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    i = tl.minimum(offs_m, M - 1)[:, None]
+    row_ok = (offs_m < M)[:, None]
+    d_ok = (offs_d < D)[None, :]
+    dv_ok = (offs_dv < DV)[None, :]
+
+    # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV]; key and value pointers [BLOCK_D or BLOCK_DV, BLOCK_N]
+    q_pointers = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
+    q_tile = load_tile(q_pointers, row_ok, d_ok, True, D != BLOCK_D)
+    grad_pointers = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
+    grad_tile = load_tile(grad_pointers, row_ok, dv_ok, True, DV != BLOCK_DV)
+    keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
+    values = column_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
+    steps = (k_strides[2], v_strides[2])
+    lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
+    statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
+
+    i_first = tile * BLOCK_M
+    i_last = tl.minimum(i_first + BLOCK_M, M) - 1
+    literal = False
+    if EXACT_ROWS:
+        literal = tl.min(row_sum, 0) < 0.0
+    lo, full_lo, full_hi, hi = gradient_range(
+        i_first, i_last, N, ints, literal, KV_RANGE, KEEP, EXACT_ROWS, BLOCK_N,
+    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    gap = full_hi - full_lo
+    if KEEP is None or KV_RANGE is not None:
+        acc = _visit_keys(
+            acc, q_tile, grad_tile, keys, values, steps, statistics, full_lo, full_hi, 0, 0, i, N, at, noise, loads,
+            ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
+            BLOCK_DV, STAGES, PRECISION,
+        )  # fmt: skip
+    if KEEP is not None or EXACT_ROWS or not EVEN_N:
+        acc = _visit_keys(
+            acc, q_tile, grad_tile, keys, values, steps, statistics, lo, hi - gap, full_lo, gap, i, N, at, noise, loads,
+            ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            STAGES, PRECISION,
+        )  # fmt: skip
+    out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
+    tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
+
+
+@triton.jit
+def _visit_keys(
+    acc,
+    q_tile,
+    grad_tile,
+    keys,
+    values,
+    steps,
+    statistics,
+    lo,
+    hi,
+    split,
+    gap,
+    i,
+    N,
+    at,
+    noise,
+    loads,
+    ints,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    KEEP: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel."""
+    b, h, bh = at
+    k_step, v_step = steps
+    offs_n = tl.arange(0, BLOCK_N)
+    d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
+    dv_ok = (tl.arange(0, BLOCK_DV) < DV)[:, None]
+    for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        start = position
+        if MASKED:
+            start = tile_start(position, split, gap)
+        offs_j = start + offs_n
+        inside = (offs_j < N)[None, :]
+        j = offs_j[None, :]
+        if MASKED:
+            j = tl.minimum(offs_j, N - 1)[None, :]
+        # k_tile [BLOCK_D, BLOCK_N], v_tile [BLOCK_DV, BLOCK_N]; dot, weights, dz [BLOCK_M, BLOCK_N]
+        k_tile = load_tile(keys + tl.cast(start, tl.int64) * k_step, inside, d_ok, MASKED, D != BLOCK_D)
+        v_tile = load_tile(values + tl.cast(start, tl.int64) * v_step, inside, dv_ok, MASKED, DV != BLOCK_DV)
+        dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        weights, live = softmax_weights(
+            dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
+        )  # fmt: skip
+        dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
+        if DROPOUT:
+            dweights = dweights * dropout_scale(i, j, bh, noise)
+        dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
+        ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
+        acc = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["heads", "group", "M", "N"])
+def flash_key_gradient(
+    q,
+    k,
+    v,
+    grad_o,
+    grad_k,
+    grad_v,
+    stats,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_o_strides,
+    grad_k_strides,
+    grad_v_strides,
+    loads,
+    ints,
+    heads,
+    group,
+    M,
+    N,
+    dropout_p,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    KEEP: tl.constexpr,
+    Q_RANGE: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_k (B,HK,N,D) and grad_v (B,HK,N,DV): one key tile a program, which walks the query heads of its group and
+    their rows, so that every sum has one owner and one order; grid (key tiles * B * HK,)."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) % tiles
+    key_heads = heads // group
+    b = tl.program_id(0) // tiles // key_heads
+    hk = tl.program_id(0) // tiles % key_heads
+    noise = (0, dropout_p)
+    if DROPOUT:
+        noise = (tl.load(seed), dropout_p)
+
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    j = tl.minimum(offs_n, N - 1)[:, None]
+    key_ok = (offs_n < N)[:, None]
+    d_ok = (offs_d < D)[None, :]
+    dv_ok = (offs_dv < DV)[None, :]
+    # k_tile [BLOCK_N, BLOCK_D], v_tile [BLOCK_N, BLOCK_DV]
+    k_pointers = row_pointers(head_base(k, k_strides, b, hk), k_strides, offs_n, offs_d)
+    k_tile = load_tile(k_pointers, key_ok, d_ok, True, D != BLOCK_D)
+    v_pointers = row_pointers(head_base(v, v_strides, b, hk), v_strides, offs_n, offs_dv)
+    v_tile = load_tile(v_pointers, key_ok, dv_ok, True, DV != BLOCK_DV)
+    steps = (q_strides[2], grad_o_strides[2])
+
+    j_first = tile * BLOCK_N
+    j_last = tl.minimum(j_first + BLOCK_N, N) - 1
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in tl.range(0, group, num_stages=1):
+        h = hk * group + member
+        bh = b * heads + h
+        at = (b, h, bh)
+        literal = False
+        if EXACT_ROWS:
+            literal = tl.load(stats[4] + bh) != 0
+        lo, full_lo, full_hi, hi = gradient_range(j_first, j_last, M, ints, literal, Q_RANGE, KEEP, EXACT_ROWS, BLOCK_M)
+        queries = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
+        grads = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
+        gap = full_hi - full_lo
+        if KEEP is None or Q_RANGE is not None:
+            dk, dv = _visit_rows(
+                dk, dv, k_tile, v_tile, queries, grads, steps, stats, full_lo, full_hi, 0, 0, j, M, at, noise, loads,
+                ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
+                BLOCK_DV, STAGES, PRECISION,
+            )  # fmt: skip
+        if KEEP is not None or EXACT_ROWS or not EVEN_M:
+            dk, dv = _visit_rows(
+                dk, dv, k_tile, v_tile, queries, grads, steps, stats, lo, hi - gap, full_lo, gap, j, M, at, noise,
+                loads, ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
+                BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            )  # fmt: skip
+    k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
+    tl.store(k_out, dk.to(grad_k.dtype.element_ty), mask=key_ok & d_ok)
+    v_out = row_pointers(head_base(grad_v, grad_v_strides, b, hk), grad_v_strides, offs_n, offs_dv)
+    tl.store(v_out, dv.to(grad_v.dtype.element_ty), mask=key_ok & dv_ok)
+
+
+@triton.jit
+def _visit_rows(
+    dk,
+    dv,
+    k_tile,
+    v_tile,
+    queries,
+    grads,
+    steps,
+    stats,
+    lo,
+    hi,
+    split,
+    gap,
+    j,
+    M,
+    at,
+    noise,
+    loads,
+    ints,
+    SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
+    KEEP: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions as
+    in the forward kernel, of rows."""
+    b, h, bh = at
+    q_step, grad_step = steps
+    offs_m = tl.arange(0, BLOCK_M)
+    d_ok = (tl.arange(0, BLOCK_D) < D)[None, :]
+    dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
+    for position in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
+        start = position
+        if MASKED:
+            start = tile_start(position, split, gap)
+        offs_i = start + offs_m
+        row_ok = offs_i < M
+        i = offs_i[None, :]
+        if MASKED:
+            i = tl.minimum(offs_i, M - 1)[None, :]
+        # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV]; dot, weights, dz [BLOCK_N, BLOCK_M]
+        q_tile = load_tile(queries + tl.cast(start, tl.int64) * q_step, row_ok[:, None], d_ok, MASKED, D != BLOCK_D)
+        at_start = grads + tl.cast(start, tl.int64) * grad_step
+        grad_tile = load_tile(at_start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV)
+        lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_i, M, EXACT_ROWS and MASKED, MASKED)
+        statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
+        dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        weights, live = softmax_weights(
+            dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
+        )  # fmt: skip
+        # dv before dweights: fewer tiles are alive at once
+        survived = weights
+        if DROPOUT:
+            scale = dropout_scale(i, j, bh, noise)
+            survived = weights * scale
+        dv = tl.dot(survived.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
+        dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+        if DROPOUT:
+            dweights = dweights * scale
+        dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
+        ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv

@@ -1,0 +1,228 @@
+"""Flash attention forward: one row tile a program, online softmax in base 2, eager's own meaning of degenerate rows."""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from attnfx.lowering.templates.tiles import (
+    LN2,
+    LOG2E,
+    column_pointers,
+    dropout_scale,
+    head_base,
+    load_tile,
+    row_pointers,
+    tile_start,
+    visited_range,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "group", "M", "N"])
+def flash_forward(
+    q,
+    k,
+    v,
+    o,
+    lse,
+    row_max,
+    row_sum,
+    degenerate,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    o_strides,
+    loads,
+    ints,
+    heads,
+    group,
+    M,
+    N,
+    dropout_p,
+    SCORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    KV_RANGE: tl.constexpr,
+    FILL: tl.constexpr,
+    FLOOR: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
+
+    FLOOR is the base-2 logit at or below which a row's largest kept score makes the row degenerate. With EXACT_ROWS
+    every row also gets its natural maximum and sum; the sum is stored negated in tiles that hold a degenerate row: so
+    the backward kernels can tell.
+    """
+    tiles = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    bh = tl.program_id(0) // tiles
+    if KV_RANGE is not None:
+        # under a causal mask the last rows see the most keys: start them first, so that no long tile is left alone
+        tile = tiles - 1 - tile
+    b = bh // heads
+    h = bh % heads
+    at = (b, h, bh)
+    noise = (0, dropout_p)
+    if DROPOUT:
+        noise = (tl.load(seed), dropout_p)
+
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    i = tl.minimum(offs_m, M - 1)[:, None]
+    row_ok = (offs_m < M)[:, None]
+    d_ok = (offs_d < D)[None, :]
+    dv_ok = (offs_dv < DV)[None, :]
+
+    # q_tile [BLOCK_M, BLOCK_D], key pointers [BLOCK_D, BLOCK_N], value pointers [BLOCK_N, BLOCK_DV]
+    q_pointers = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
+    q_tile = load_tile(q_pointers, row_ok, d_ok, True, D != BLOCK_D)
+    keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
+    values = row_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
+    steps = (k_strides[2], v_strides[2])
+
+    i_first = tile * BLOCK_M
+    i_last = tl.minimum(i_first + BLOCK_M, M) - 1
+    lo, full_lo, full_hi, hi = visited_range(i_first, i_last, N, ints, KV_RANGE, KEEP, BLOCK_N)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    gap = full_hi - full_lo
+    if KEEP is None or KV_RANGE is not None:
+        acc, l, m = _visit(
+            acc, l, m, q_tile, keys, values, steps, full_lo, full_hi, 0, 0, i, N, at, noise, loads, ints, SCORE, KEEP,
+            FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+        )  # fmt: skip
+    if KEEP is not None or not EVEN_N:
+        acc, l, m = _visit(
+            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, N, at, noise, loads, ints, SCORE,
+            KEEP, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+        )  # fmt: skip
+
+    stat = bh.to(tl.int64) * M + offs_m
+    stat_ok = offs_m < M
+    natural_max = m * LN2
+    if EXACT_ROWS:
+        some_degenerate = tl.max(((m <= FLOOR) & stat_ok).to(tl.int32), 0) > 0
+        if float("-inf") < FILL:  # noqa: SIM102
+            # eager gives such rows weight where nothing is kept: start again, with every key, in natural units
+            if some_degenerate:
+                natural_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                l = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+                acc, l, natural_max = _visit(
+                    acc, l, natural_max, q_tile, keys, values, steps, 0, N, 0, 0, i, N, at, noise, loads, ints, SCORE,
+                    KEEP, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                )  # fmt: skip
+        tl.store(row_max + stat, natural_max, mask=stat_ok)
+        # an empty -inf row sums to 0, whose sign would be lost
+        marked = tl.where(some_degenerate, -tl.where(l == 0.0, 1.0, l), l)
+        tl.store(row_sum + stat, marked, mask=stat_ok)
+        tl.store(degenerate + bh, 1, mask=some_degenerate)
+        acc = acc / l[:, None]
+    else:
+        acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    tl.store(lse + stat, natural_max + tl.log2(l) * LN2, mask=stat_ok)
+    o_pointers = row_pointers(head_base(o, o_strides, b, h), o_strides, offs_m, offs_dv)
+    tl.store(o_pointers, acc.to(o.dtype.element_ty), mask=row_ok & dv_ok)
+
+
+@triton.jit
+def _visit(
+    acc,
+    l,
+    m,
+    q_tile,
+    keys,
+    values,
+    steps,
+    lo,
+    hi,
+    split,
+    gap,
+    i,
+    N,
+    at,
+    noise,
+    loads,
+    ints,
+    SCORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    LITERAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
+
+    Positions run from lo to hi. Where MASKED, those from `split` on lie `gap` keys further: one loop serves the masked
+    tiles on either side of the unmasked ones.
+    """
+    b, h, bh = at
+    k_step, v_step = steps
+    offs_n = tl.arange(0, BLOCK_N)
+    d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
+    dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
+    for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        start = position
+        if MASKED:
+            start = tile_start(position, split, gap)
+        offs_j = start + offs_n
+        inside = offs_j < N
+        # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
+        k_tile = load_tile(keys + tl.cast(start, tl.int64) * k_step, inside[None, :], d_ok, MASKED, D != BLOCK_D)
+        dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        j = offs_j[None, :]
+        if MASKED:
+            j = tl.minimum(offs_j, N - 1)[None, :]
+        z = SCORE(dot, b, h, i, j, loads, ints)
+        if LITERAL:
+            z = z * LN2
+            if KEEP is not None:
+                keep = KEEP(b, h, i, j, loads, ints)
+                z = z + tl.where(keep, 0.0, FILL) if ADDITIVE else tl.where(keep, z, FILL)
+            z = tl.where(inside[None, :], z, float("-inf"))
+        elif MASKED:
+            if KEEP is None:
+                z = tl.where(inside[None, :], z, float("-inf"))
+            else:
+                z = tl.where(KEEP(b, h, i, j, loads, ints) & inside[None, :], z, float("-inf"))
+
+        m_new = tl.maximum(m, tl.max(z, 1))
+        # a row that has met no key yet: -inf - -inf would be NaN
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        if LITERAL:
+            # the difference first: finfo.min * log2(e) would overflow
+            p = tl.exp2((z - m_safe[:, None]) * LOG2E)
+            alpha = tl.exp2((m - m_safe) * LOG2E)
+        else:
+            p = tl.exp2(z - m_safe[:, None])
+            alpha = tl.exp2(m - m_safe)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        m = m_new
+        if DROPOUT:
+            p = p * dropout_scale(i, j, bh, noise)
+        # v_tile [BLOCK_N, BLOCK_DV]
+        v_tile = load_tile(values + tl.cast(start, tl.int64) * v_step, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    return acc, l, m

@@ -1,0 +1,122 @@
+"""What the gradient kernels share: per-row statistics, and one tile of weights and logit gradients from raw dots."""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from attnfx.lowering.templates.tiles import LN2, LOG2E, visited_range
+
+
+@triton.jit
+def row_statistics(stats, bh, offs_row, M, EXACT_ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """(lse2, delta, row_max, row_sum) [ROWS] of head `bh`; row_sum is negative in a tile with a degenerate row.
+
+    Rows from M on get an infinite LSE and maximum: all their weights are 0, and no mask of rows is needed later.
+    """
+    lse, delta, row_max, row_sum, _ = stats
+    # the head's offset is a 64-bit scalar and the rows' are 32-bit: half the registers of 64-bit offsets
+    at = tl.cast(bh, tl.int64) * M
+    ok = offs_row < M
+    lse2 = load_row(lse + at + offs_row, ok, float("inf"), MASKED) * LOG2E
+    # rows without a key: exp2(-inf - 0) is the weight 0 that they need, exp2(-inf - -inf) is not
+    lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)
+    deltas = load_row(delta + at + offs_row, ok, 0.0, MASKED)
+    maxima, sums = lse2, lse2
+    if EXACT_ROWS:
+        maxima = load_row(row_max + at + offs_row, ok, float("inf"), MASKED)
+        sums = load_row(row_sum + at + offs_row, ok, 1.0, MASKED)
+    return lse2, deltas, maxima, sums
+
+
+@triton.jit
+def load_row(pointers, ok, other, MASKED: tl.constexpr):
+    """A vector, with `other` where not ok."""
+    return tl.load(pointers, mask=ok, other=other) if MASKED else tl.load(pointers)
+
+
+@triton.jit
+def gradient_range(
+    first,
+    last,
+    limit,
+    ints,
+    literal,
+    RANGE: tl.constexpr,
+    KEEP: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`visited_range`, but all of [0, limit) masked where the scalar `literal` is set: there every key has a weight."""
+    lo, full_lo, full_hi, hi = visited_range(first, last, limit, ints, RANGE, KEEP, BLOCK)
+    if EXACT_ROWS:
+        lo = tl.where(literal, 0, lo)
+        full_lo = tl.where(literal, 0, full_lo)
+        full_hi = tl.where(literal, 0, full_hi)
+        hi = tl.where(literal, limit, hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def softmax_weights(
+    dot,
+    statistics,
+    i,
+    j,
+    inside,
+    at,
+    loads,
+    ints,
+    SCORE: tl.constexpr,
+    KEEP: tl.constexpr,
+    FILL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(weights, live) of one tile of raw dots, in whichever orientation i and j have; `live`: the logit has a gradient.
+
+    `statistics` are broadcast along the keys; `inside` says which keys exist, None if no other key is read. Where eager
+    adds its fill the gradient passes through it; where it replaces, positions that are not kept are not live.
+    """
+    b, h, _ = at
+    lse2, row_max, row_sum = statistics[0], statistics[2], statistics[3]
+    z = SCORE(dot, b, h, i, j, loads, ints)
+    live = True
+    if inside is not None:
+        live = inside
+    if not MASKED:
+        weights = tl.exp2(z - lse2)
+    elif EXACT_ROWS:
+        z = z * LN2
+        if KEEP is not None:
+            keep = KEEP(b, h, i, j, loads, ints)
+            if ADDITIVE:
+                z = z + tl.where(keep, 0.0, FILL)
+            else:
+                z = tl.where(keep, z, FILL)
+                live = both(keep, inside)
+        weights = tl.exp2((z - row_max) * LOG2E) / tl.abs(row_sum)
+        if inside is not None:
+            weights = tl.where(inside, weights, 0.0)
+    else:
+        if KEEP is not None:
+            live = both(KEEP(b, h, i, j, loads, ints), inside)
+        weights = tl.where(live, tl.exp2(z - lse2), 0.0)
+    return weights, live
+
+
+@triton.jit
+def both(keep, inside):
+    """keep & inside, where `inside` may be None."""
+    if inside is not None:
+        keep = keep & inside
+    return keep
+
+
+@triton.jit
+def logit_gradient(weights, live, dweights, delta, EXACT_ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Gradient of the natural logits from that of the weights; exactly 0 where not live, in rows of NaN too."""
+    dz = weights * (dweights - delta)
+    if MASKED and EXACT_ROWS:
+        dz = tl.where(live, dz, 0.0)
+    return dz

@@ -1,0 +1,87 @@
+"""What every flash kernel shares: addresses, loads, the order of tiles, key ranges, and the dropout mask."""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def head_base(base, strides, b, h):
+    """Pointer to element (b, h, 0, 0) of a 4-D tensor; int64, since B * H * M * D passes 2**31 in ordinary models."""
+    return base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def row_pointers(base, strides, offs_row, offs_dim):
+    """Pointers [ROWS, DIM] into one head."""
+    return base + offs_row.to(tl.int64)[:, None] * strides[2] + offs_dim.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
+def column_pointers(base, strides, offs_row, offs_dim):
+    """Pointers [DIM, ROWS] into one head: the same elements, transposed by address and not by moving data."""
+    return base + offs_dim.to(tl.int64)[:, None] * strides[3] + offs_row.to(tl.int64)[None, :] * strides[2]
+
+
+@triton.jit
+def load_tile(pointers, row_ok, dim_ok, MASK_ROWS: tl.constexpr, MASK_DIM: tl.constexpr):
+    """A tile with zeros outside; no mask at all where both switches are off, which keeps the loads wide."""
+    if MASK_ROWS:
+        if MASK_DIM:
+            tile = tl.load(pointers, mask=row_ok & dim_ok, other=0.0)
+        else:
+            tile = tl.load(pointers, mask=row_ok, other=0.0)
+    else:
+        tile = tl.load(pointers, mask=dim_ok, other=0.0) if MASK_DIM else tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def clamp(value, limit):
+    """`value` as int32 within [0, limit]; ranges may come in any integer type, negative or beyond the end."""
+    return tl.maximum(tl.minimum(value, limit), 0).to(tl.int32)
+
+
+@triton.jit
+def visited_range(first, last, limit, ints, RANGE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    """(lo, full_lo, full_hi, hi) on the BLOCK grid: visit [lo, full_lo) and [full_hi, hi) masked, the rest unmasked.
+
+    `hi` alone may be off the grid: the last tile reaches over it.
+    """
+    if KEEP is None:
+        # everything is kept: only the tile that reaches over the edge needs a mask
+        lo, full_lo, full_hi, hi = 0, 0, limit // BLOCK * BLOCK, limit
+    elif RANGE is None:
+        lo, full_lo, full_hi, hi = 0, 0, 0, limit
+    else:
+        first_kept, first_full, last_full, last_kept = RANGE(first, last, ints)
+        lo = clamp(first_kept, limit)
+        hi = tl.maximum(clamp(last_kept, limit), lo)
+        full_lo = (tl.maximum(clamp(first_full, limit), lo) + BLOCK - 1) // BLOCK * BLOCK
+        full_hi = tl.minimum(clamp(last_full, limit), hi) // BLOCK * BLOCK
+        lo = lo // BLOCK * BLOCK
+        # an empty full range collapses onto lo, so that the second masked loop does all the work
+        some = full_hi > full_lo
+        full_lo = tl.where(some, full_lo, lo)
+        full_hi = tl.where(some, full_hi, lo)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def tile_start(position, split, gap):
+    """Where a masked tile starts: masked tiles before the unmasked ones and behind them are walked in one loop, which
+    costs fewer registers than two."""
+    return position + tl.where(position >= split, gap, 0)
+
+
+@triton.jit
+def dropout_scale(i, j, bh, noise):
+    """1 / (1 - p) where an element survives, else 0; one Philox counter (j, i, b * H + h) an element, so that every
+    kernel, whatever its tiles, sees the same mask."""
+    seed, probability = noise
+    zero = (i + j) * 0
+    random, _, _, _ = tl.philox(seed, zero + j, zero + i, zero + bh, zero)
+    return tl.where(tl.uint_to_uniform_float(random) >= probability, 1.0 / (1.0 - probability), 0.0)

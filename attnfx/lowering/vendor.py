@@ -1,0 +1,78 @@
+"""Plain attention through the vendor's kernels: torch's scaled_dot_product_attention, or cuDNN where that is fastest."""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attnfx.expr import TRUE
+from attnfx.lowering import mapped
+from attnfx.lowering.ops import LIBRARY
+from attnfx.site import AttentionSite
+
+LIBRARY.define("vendor_attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout) -> Tensor")
+
+#: CUDA compute capabilities whose cuDNN attention beats flash.
+CUDNN_MAJORS = (9, 10)
+CUDNN_WIDEST = 128
+
+
+def objections(site: AttentionSite) -> tuple[str, ...]:
+    """Why torch's own attention cannot take the site exactly, one sentence each; empty where it can."""
+    found, facts = [], site.facts
+    if site.scale is None:
+        found.append("the score program is more than a scale; torch's attention takes a scale only.")
+    elif site.scale <= 0 or math.isinf(site.scale):
+        found.append(f"the scale is {site.scale}; torch's attention takes a positive, finite one.")
+    if site.side:
+        found.append(f"the scores or the mask load from {len(site.side)} side tensors; torch's fast kernels take none.")
+    if site.keep != TRUE and facts.causal_offset != 0:
+        found.append("the mask is neither full nor exactly j <= i.")
+    elif site.keep != TRUE and sympy.expand(site.queries - site.keys) != 0:
+        found.append(f"the mask is causal over {site.queries} queries and {site.keys} keys; torch's causal flag is taken for equal lengths.")
+    elif site.keep != TRUE and site.fill > -1e30:
+        found.append(f"the fill is {site.fill}, which real scores may reach; torch's attention drops masked keys.")
+    if site.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        found.append(f"the dtype is {site.dtype}; torch's attention takes floating types.")
+    return tuple(found)
+
+
+def is_causal(site: AttentionSite) -> bool:
+    """The causal flag for a site without objections."""
+    return site.keep != TRUE
+
+
+def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
+    """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV); causal is j <= i. Differentiable."""
+    if _cudnn(query, key, value):
+        groups = query.shape[1] // key.shape[1]
+        if groups != 1:  # cuDNN's entry point wants as many key heads as query heads
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        wants_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        found: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, wants_lse, dropout, causal, False, scale=scale
+        )[0]
+        return found
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    if query.device.type != "cuda" or torch.version.hip is not None or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not torch.backends.cuda.cudnn_sdp_enabled() or torch.cuda.get_device_capability(query.device)[0] not in CUDNN_MAJORS:
+        return False
+    if any(t.stride(3) != 1 for t in (query, key, value)):
+        return False
+    width = query.shape[3]
+    return width == value.shape[3] and width <= CUDNN_WIDEST and width % 8 == 0 and key.shape[2] > 1 and query.shape[2] > 1
+
+
+LIBRARY.impl("vendor_attention", call, "CompositeImplicitAutograd")
+torch.library.register_vmap("attnfx::vendor_attention", mapped.looped("vendor_attention"), lib=LIBRARY)

@@ -1,0 +1,60 @@
+"""The options of the backend: what ``torch.compile(..., options={...})`` may say, checked and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from attnfx.errors import UnknownOption, listing, nearest
+from attnfx.policy import Policy
+
+Compiler = Callable[..., Any]
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
+TUNE = ("off",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """``policy``: a Policy, rules, or the path of a policy file. ``strict``: internal errors and refusals of a variant raise instead of
+    leaving a site as it was. ``verify``: the first call also runs the original graph and reports the error against it.
+    ``inner``: what compiles the rewritten graph, "inductor" or another backend's name or callable. ``mode``: Inductor's mode.
+    ``tune``: "off", kernels run in their default configurations.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    strict: bool = False
+    verify: bool = False
+    inner: str | Compiler = "inductor"
+    mode: str = "default"
+    tune: str = "off"
+
+    @staticmethod
+    def parse(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """The options of one compile. Raises UnknownOption for keys and values that are not known, PolicyError for a bad policy."""
+        given = dict(options or {})
+        known = [f.name for f in fields(Options)]
+        for key in given:
+            if key not in known:
+                raise UnknownOption(f'attnfx has no option "{key}"; it has {listing(known)}.{nearest(str(key), known)}')
+        if mode is not None:
+            given.setdefault("mode", mode)
+        for name in ("strict", "verify"):
+            if not isinstance(given.get(name, False), bool):
+                raise UnknownOption(f'The option "{name}" is {given[name]!r}; it must be True or False.')
+        _among("mode", given.get("mode", "default"), MODES)
+        _among("tune", given.get("tune", "off"), TUNE)
+        inner = given.get("inner", "inductor")
+        if isinstance(inner, str):
+            _among("inner", inner, [name for name in torch._dynamo.list_backends(()) if name != "attnfx"])
+        elif not callable(inner):
+            raise UnknownOption(f'The option "inner" is {inner!r}; it must be the name of a backend or a callable.')
+        return Options(**{**given, "policy": Policy.coerce(given.get("policy"))})
+
+
+def _among(name: str, value: object, allowed: Any) -> None:
+    if value not in allowed:
+        hint = nearest(value, allowed) if isinstance(value, str) else ""
+        raise UnknownOption(f'The option "{name}" is {value!r}; it must be one of {listing(allowed)}.{hint}')

@@ -1,0 +1,112 @@
+"""Contractions: every operation that sums products of two tensors over one shared axis, by what its operands' axes mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from attnfx import expr
+from attnfx.capture import is_tensor, sizes
+from attnfx.expr import Expr, Int
+from attnfx.integers import floordiv
+from attnfx.patterns.lift import Dot, Index, Lifter, operation, rule
+from attnfx.patterns.lift_moves import argument
+
+Side = tuple[fx.Node, Index]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``node[index] = sum_t left[..] right[..]`` (before any scaling that the node does as well)."""
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+
+    def sides(self, index: Index, t: Expr) -> tuple[Side, Side]:
+        """Both operands with the index at which result ``index`` and summation index ``t`` read them."""
+        name = operation(self.node)
+        if name == "aten.einsum":
+            a, b = _letters(str(self.node.args[0]))[:2]
+            out = _letters(str(self.node.args[0]))[2]
+            at = dict(zip(out, index, strict=True))
+            return (self.left, tuple(at.get(x, t) for x in a)), (self.right, tuple(at.get(x, t) for x in b))
+        if name == "aten.scaled_dot_product_attention":
+            left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, _key_heads(self.node, index[:-2]))
+            return (self.left, (*left, index[-2], t)), (self.right, (*right, index[-1], t))
+        left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, index[:-2])
+        return (self.left, (*left, index[-2], t)), (self.right, (*right, t, index[-1]))
+
+    @property
+    def summed(self) -> sympy.Expr:
+        """The size of the summed axis."""
+        if operation(self.node) == "aten.einsum":
+            a, b, out = _letters(str(self.node.args[0]))
+            return sizes(self.left)[a.index(next(x for x in a if x in b and x not in out))]
+        return sizes(self.left)[-1]
+
+
+def contraction(node: fx.Node) -> Contraction | None:
+    """``node`` as a contraction of two tensors of rank two or more, or None."""
+    name = operation(node)
+    if name in ("aten.matmul", "aten.bmm", "aten.mm"):
+        left, right = node.args[:2]
+    elif name in ("aten.baddbmm", "aten.baddbmm_"):
+        left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+    elif name == "aten.scaled_dot_product_attention":
+        left, right = node.args[:2]
+    elif name == "aten.einsum" and len(node.args[1]) == 2 and _letters(str(node.args[0])):  # type: ignore[arg-type]
+        left, right = node.args[1]  # type: ignore[misc]
+    else:
+        return None
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_tensor(left) and is_tensor(right)):
+        return None
+    return Contraction(node, left, right) if min(len(sizes(left)), len(sizes(right))) >= 2 else None
+
+
+def _letters(equation: str) -> tuple[str, str, str]:
+    """Both operands' letters and the result's of a plain two-operand einsum that sums exactly one shared letter; '' if it is not that."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    a, _, b = inputs.partition(",")
+    if "," in b or "." in equation or "->" not in equation:
+        return "", "", ""
+    plain = all(len(set(x)) == len(x) for x in (a, b, out)) and set(out) <= set(a) | set(b)
+    shared = [x for x in a if x in b and x not in out]
+    lost = [x for x in a + b if x not in out and x not in shared]
+    return (a, b, out) if plain and len(shared) == 1 and not lost else ("", "", "")
+
+
+def _broadcast(operand: fx.Node, batch: Index) -> Index:
+    lead = sizes(operand)[:-2]
+    return tuple(expr.integer(0) if n == 1 else x for n, x in zip(lead, batch[len(batch) - len(lead) :], strict=True))
+
+
+def _key_heads(node: fx.Node, batch: Index) -> Index:
+    """The batch index of keys and values: with ``enable_gqa`` several query heads share one key head."""
+    if not argument(node, 7, "enable_gqa", False):
+        return batch
+    heads, shared = sizes(node.args[0])[-3], sizes(node.args[1])[-3]  # type: ignore[arg-type]
+    h = batch[-1]
+    assert isinstance(h, Int)
+    return (*batch[:-1], Int(floordiv(h.value, sympy.cancel(heads / shared))))
+
+
+@rule("aten.matmul", "aten.bmm", "aten.einsum")
+def _dot(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    return expr.Load(Dot(node), index, node.meta["val"].dtype) if contraction(node) is not None else None
+
+
+@rule("aten.baddbmm", "aten.baddbmm_")
+def _scaled_dot(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    dtype = node.meta["val"].dtype
+    scores = expr.mul(expr.Load(Dot(node), index, dtype), _number(lifter, alpha), dtype)
+    if beta == 0:
+        return scores  # the input is not read: a NaN in it must not spread
+    return expr.add(scores, expr.mul(lifter.broadcast(node.args[0], index), _number(lifter, beta), dtype), dtype)
+
+
+def _number(lifter: Lifter, value: object) -> Expr:
+    return lifter.scalar(value) if isinstance(value, fx.Node) else expr.constant(float(value), expr.Score().dtype)  # type: ignore[arg-type]

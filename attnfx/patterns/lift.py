@@ -1,0 +1,238 @@
+"""Lifting: the value of one element of a mirror tensor as an index expression.
+
+``Lifter.element(node, index)`` pulls an index backwards through the graph. Rules for single operations register themselves with
+:func:`rule`; an operation without a rule is a leaf, an element loaded from the tensor as the model computed it. So lifting can
+never be wrong by not knowing an operation, only less informed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from attnfx import expr
+from attnfx.capture import Mirror, as_sympy, is_tensor, sizes
+from attnfx.expr import Expr, Int, Load
+from attnfx.integers import Ranges, floordiv, modulo
+
+Index = tuple[Expr, ...]
+Rule = Callable[["Lifter", fx.Node, Index], Expr | None]
+
+_RULES: dict[str, Rule] = {}
+#: Operations that only move elements about; the axes of q, k and v are followed through these alone.
+_MOVES: dict[str, Rule] = {}
+
+
+def rule(*operations: str, moves: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operations, named without overload: ``rule("aten.expand")``."""
+
+    def register(function: Rule) -> Rule:
+        for operation in operations:
+            _RULES[operation] = function
+            if moves:
+                _MOVES[operation] = function
+        return function
+
+    return register
+
+
+def operation(node: fx.Node) -> str:
+    """The name of a node's ATen operation without overload, or ''."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket)
+    return "_operator.getitem" if target is operator.getitem else ""
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Slot of a load that is a contraction: ``node`` computes ``sum_t left[.., t] right[.., t]``, times nothing."""
+
+    node: fx.Node
+
+
+class Lifter:
+    """Pulls indices through one mirror. ``ranges`` bounds the index symbols in use."""
+
+    def __init__(self, mirror: Mirror, ranges: Ranges, *, at: fx.Node, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None):
+        self.mirror = mirror
+        self.ranges = ranges
+        self.at = at
+        self.inner = inner
+        self.memo: dict[tuple[fx.Node, Index], Expr] = {}
+        self.reader = at
+
+    def element(self, node: Any, index: Index) -> Expr:
+        """Element ``index`` of a mirror node, or a number as itself. Raises Stale where in-place writes make the past unreadable."""
+        if not isinstance(node, fx.Node):
+            return expr.lift(node)
+        if not is_tensor(node):
+            return self.scalar(node)
+        if self.mirror.overwritten(node, self.reader):
+            raise Stale(f"{node.name} is changed in place before {self.reader.name} reads it")
+        key = (node, index)
+        if key not in self.memo:
+            self.memo[key] = self._element(node, index)
+        return self.memo[key]
+
+    def _element(self, node: fx.Node, index: Index) -> Expr:
+        leaf = Load(node, index, node.meta["val"].dtype)
+        if node.op == "get_attr":
+            return self._literal(node) or leaf
+        apply = _RULES.get(operation(node))
+        if apply is None:
+            return leaf
+        reader, self.reader = self.reader, node
+        try:
+            found = apply(self, node, index)
+        finally:
+            self.reader = reader
+        if found is None:
+            return leaf
+        loadable = not self.mirror.overwritten(node, self.at)
+        return leaf if loadable and self._worth_loading(found, index) else found
+
+    def _literal(self, node: fx.Node) -> Expr | None:
+        """The number in a ``torch.tensor(number)`` of the user's code; other attributes may change and are data."""
+        maker = self.mirror.origin.get(node)
+        if maker is None or maker.target is not torch.tensor or not isinstance(maker.args[0], bool | int | float):
+            return None
+        return None if maker.args[0] != maker.args[0] else expr.constant(maker.args[0], node.meta["val"].dtype)
+
+    def _worth_loading(self, found: Expr, index: Index) -> bool:
+        # A tensor without both i and j is small and already computed by the model: loading it is exact and cheap.
+        # Integer formulas without loads stay formulas, since facts are proved from them.
+        if self.inner is None or any(isinstance(n, Load) and isinstance(n.slot, Dot) for n in expr.walk(found)):
+            return False
+        used = frozenset().union(*(expr.symbols(x) for x in index)) if index else frozenset()
+        if all(s in used for s in self.inner):
+            return False
+        return any(isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found))
+
+    def scalar(self, node: fx.Node) -> Expr:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            return Int(as_sympy(value))
+        if isinstance(value, torch.SymFloat):
+            return Load(node, (), torch.float64)
+        raise Stale(f"{node.name} is not a number that can be read from the graph")
+
+    def moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        """One step back through an operation that only moves elements; None where ``node`` is something else."""
+        apply = _MOVES.get(operation(node))
+        if apply is None:
+            return None
+        step = _Step(self.mirror, self.ranges, at=self.at)
+        apply(step, node, index)
+        return step.found
+
+    # Arithmetic on indices, with what is known of their ranges.
+
+    def floordiv(self, a: Expr, b: sympy.Expr) -> Expr:
+        if b == 1:
+            return a
+        return Int(floordiv(a.value, b, self.ranges)) if isinstance(a, Int) else expr.call("floordiv", a, Int(b))
+
+    def modulo(self, a: Expr, b: sympy.Expr) -> Expr:
+        if b == 1:
+            return expr.integer(0)
+        return Int(modulo(a.value, b, self.ranges)) if isinstance(a, Int) else expr.call("mod", a, Int(b))
+
+    def less(self, a: Expr, b: Expr) -> Expr:
+        """``a < b``, decided where the ranges decide it."""
+        if isinstance(a, Int) and isinstance(b, Int):
+            if self.ranges.nonnegative(b.value - a.value - 1):
+                return expr.TRUE
+            if self.ranges.nonnegative(a.value - b.value):
+                return expr.FALSE
+        return expr.lt(a, b)
+
+    def broadcast(self, operand: Any, index: Index) -> Expr:
+        """Element of an operand of an element-wise operation whose result has index ``index``."""
+        if not is_tensor(operand):
+            return self.element(operand, ())
+        shape = sizes(operand)
+        aligned = index[len(index) - len(shape) :]
+        picked = tuple(expr.integer(0) if size == 1 else at for size, at in zip(shape, aligned, strict=True))
+        return self.element(operand, picked)
+
+
+class Stale(Exception):
+    """The past value of a tensor cannot be read any more."""
+
+
+class _Step(Lifter):
+    """A lifter that records the first element asked for instead of following it."""
+
+    found: tuple[fx.Node, Index] | None = None
+
+    def element(self, node: Any, index: Index) -> Expr:
+        if self.found is None and is_tensor(node):
+            self.found = (node, index)
+        return expr.integer(0)
+
+
+def reshaped(lifter: Lifter, old: Sequence[sympy.Expr], new: Sequence[sympy.Expr], index: Index) -> Index:
+    """The index into a tensor of sizes ``old`` of element ``index`` of its reshape to sizes ``new``.
+
+    Axes are matched in groups of equal products, so that a reshape that only splits or merges some axes leaves the others alone.
+    """
+    result: list[Expr] = []
+    a = b = 0
+    while a < len(old) or b < len(new):
+        left, right = [], []
+        product_left = product_right = sympy.Integer(1)
+        if a < len(old):
+            left.append(old[a])
+            product_left *= old[a]
+            a += 1
+        if b < len(new):
+            right.append(b)
+            product_right *= new[b]
+            b += 1
+        while sympy.expand(product_left - product_right) != 0:
+            take_left = b >= len(new) or (a < len(old) and _smaller(product_left, product_right))
+            if take_left and a < len(old):
+                left.append(old[a])
+                product_left *= old[a]
+                a += 1
+            elif b < len(new):
+                right.append(b)
+                product_right *= new[b]
+                b += 1
+            else:
+                raise Stale("a reshape between sizes that could not be compared")
+        result.extend(_group(lifter, left, [new[r] for r in right], [index[r] for r in right]))
+    return tuple(result)
+
+
+def _smaller(a: sympy.Expr, b: sympy.Expr) -> bool:
+    ratio = sympy.cancel(b / a)
+    if ratio.is_Integer:
+        return True
+    if sympy.cancel(a / b).is_Integer:
+        return False
+    if a.is_Integer and b.is_Integer:
+        return bool(a < b)
+    # Symbolic: b holds a factor that a lacks, so a has to grow.
+    return bool(sympy.denom(ratio) == 1)
+
+
+def _group(lifter: Lifter, old: list[sympy.Expr], new: list[sympy.Expr], index: list[Expr]) -> list[Expr]:
+    if len(old) == len(new) == 1:
+        return list(index)
+    flat: Expr = expr.integer(0)
+    for size, at in zip(new, index, strict=True):
+        flat = expr.add(expr.mul(flat, Int(size)), at) if size != 1 else flat
+    result: list[Expr] = []
+    for k, size in enumerate(old):
+        below = sympy.Mul(*old[k + 1 :])
+        digit = lifter.floordiv(flat, below)
+        result.append(expr.integer(0) if size == 1 else digit if k == 0 else lifter.modulo(digit, size))
+    return result

@@ -1,0 +1,77 @@
+"""torch's scaled_dot_product_attention in all its arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import sympy
+import torch
+from torch import fx
+
+from attnfx import expr
+from attnfx.capture import Mirror, is_tensor, sizes
+from attnfx.expr import Expr
+from attnfx.patterns.candidate import Candidate
+from attnfx.patterns.contraction import Contraction
+from attnfx.patterns.lift import Dot, Index, Lifter, operation
+from attnfx.patterns.lift_moves import argument
+
+
+def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
+    """Every call of scaled_dot_product_attention."""
+    for node in mirror.graph.nodes:
+        if operation(node) == "aten.scaled_dot_product_attention":
+            rank = len(sizes(node))
+            if rank < 2:
+                yield node, f"its operands have rank {rank}; attention needs at least (queries, head_dim)"
+                continue
+            yield _candidate(node)
+
+
+def _candidate(node: fx.Node) -> Candidate:
+    value = node.args[2]
+    assert isinstance(value, fx.Node)
+
+    def weights(lifter: Lifter, index: Index, t: Expr) -> Index:
+        return (*index[:-1], t)
+
+    def values(index: Index, t: Expr) -> tuple[fx.Node, Index]:
+        # Values share the layout of keys: let the contraction place batch and head axes.
+        (_, _), (_, at) = Contraction(node, value, value).sides((*index[:-1], t), index[-1])
+        return value, at
+
+    return Candidate(
+        pattern="scaled_dot_product_attention",
+        normaliser=node,
+        output=node,
+        axis=len(sizes(node)) - 1,
+        logits=lambda lifter, index: _logits(lifter, node, index),
+        weights=weights,
+        values=values,
+        empty_rows="zero",
+        dropout=float(argument(node, 4, "dropout_p", 0.0)),
+        consumed=frozenset([node]),
+    )
+
+
+def _logits(lifter: Lifter, node: fx.Node, index: Index) -> Expr:
+    scale = argument(node, 6, "scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(int(sizes(node.args[0])[-1]))  # type: ignore[arg-type]
+    z = expr.mul(expr.Load(Dot(node), index, torch.float32), expr.constant(float(scale), torch.float64), torch.float32)
+    row, column = index[-2:]
+    if argument(node, 5, "is_causal", False):
+        z = expr.where(expr.le(column, row), z, expr.constant(-math.inf, torch.float32))
+    mask = argument(node, 3, "attn_mask")
+    if not is_tensor(mask):
+        return z
+    at = lifter.broadcast(mask, index)
+    if mask.meta["val"].dtype == torch.bool:
+        return expr.where(at, z, expr.constant(-math.inf, torch.float32))
+    return expr.add(z, at, torch.float32)
+
+
+def head_dim(node: fx.Node) -> sympy.Expr:
+    """The size of the summed axis of queries and keys."""
+    return sizes(node.args[0])[-1]  # type: ignore[arg-type]

@@ -1,0 +1,128 @@
+"""What was found, what was decided and why: the answer of `attnfx.explain`, as data and as text."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnfx.files import replace_file
+from attnfx.report_html import page
+from attnfx.report_text import table
+
+if TYPE_CHECKING:
+    from attnfx.site import AttentionSite
+    from attnfx.variants.base import Variant
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention.
+
+    `name` is unique in its graph, `module` the module path, `pattern` the family that recognised it, `site` the
+    attention itself (`str(site)` is its formula in one line), `decision` what runs it, `variant` the variant that the
+    policy chose (None: the model's own attention), `reason` why, `exact` whether the result is the model's own,
+    `kernel` the generated source or None where no kernel was generated, `source` the line of the model's code.
+    """
+
+    name: str
+    module: str
+    pattern: str
+    site: "AttentionSite"
+    decision: str
+    variant: "Variant | None"
+    reason: str
+    exact: bool
+    kernel: str | None = None
+    source: str = ""
+
+    @property
+    def exactness(self) -> str:
+        """ "exact", or what the variant gives up."""
+        if self.exact:
+            return "exact"
+        return self.variant.exactness if self.variant is not None else "approximate"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the fields, with the formula beside the site's sizes, dtype and expressions."""
+        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        variant = self.variant.to_dict() if self.variant is not None else None
+        return flat | {"formula": str(self.site), "site": _site_as_data(self.site), "variant": variant}
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Something that looked like an attention and was left as it was: where, and the reason as a sentence."""
+
+    module: str
+    reason: str
+    node: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every attention and near miss of a model, and its graphs `before` and `after` as readable Python."""
+
+    sites: tuple[SiteReport, ...]
+    missed: tuple[Missed, ...] = ()
+    before: str = ""
+    after: str = ""
+    policy_warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("sites", "missed", "policy_warnings"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __str__(self) -> str:
+        return table(self)
+
+    def to_json(self) -> str:
+        """The whole report as JSON."""
+        data = {
+            "sites": [site.to_dict() for site in self.sites],
+            "missed": [dataclasses.asdict(missed) for missed in self.missed],
+            "policy_warnings": list(self.policy_warnings),
+            "before": self.before,
+            "after": self.after,
+        }
+        return json.dumps(data, indent=2, ensure_ascii=False)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML file that needs no other; a file already at `path` is replaced in one step."""
+        replace_file(Path(path), page(self))
+
+    @staticmethod
+    def merge(reports: Iterable["Report"]) -> "Report":
+        """One report for a model that was compiled as several graphs; what two graphs say alike is said once."""
+        reports = tuple(reports)
+        if len(reports) == 1:
+            return reports[0]
+        return Report(
+            sites=tuple(dict.fromkeys(site for report in reports for site in report.sites)),
+            missed=tuple(dict.fromkeys(missed for report in reports for missed in report.missed)),
+            before=_joined([report.before for report in reports]),
+            after=_joined([report.after for report in reports]),
+            policy_warnings=tuple(dict.fromkeys(text for report in reports for text in report.policy_warnings)),
+        )
+
+
+def _joined(graphs: list[str]) -> str:
+    return "\n\n".join(f"# graph {number} of {len(graphs)}\n{graph}" for number, graph in enumerate(graphs, 1))
+
+
+def _site_as_data(site: "AttentionSite") -> dict[str, Any]:
+    """The site's fields as JSON's own kinds; what JSON cannot say (sizes that are symbols, -inf) as text."""
+    names = (field.name for field in dataclasses.fields(site) if field.compare and not field.name.startswith("ranges"))
+    return {name: _plain(getattr(site, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return int(value) if getattr(value, "is_Integer", False) else str(value)

@@ -1,0 +1,97 @@
+"""A report as text: a table of at most 100 columns in which equal layers share an entry."""
+
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from attnfx.module_paths import fold
+
+if TYPE_CHECKING:
+    from attnfx.report import Report, SiteReport
+
+WIDTH = 100
+TOP = "(the model itself)"
+"""How tables name an attention that is in no submodule."""
+
+
+def table(report: "Report") -> str:
+    """The table, after one line that sums it up, and before the near misses and the policy's warnings."""
+    blocks = [_wrapped(summary(report), "")]
+    if report.sites:
+        blocks.append(_sites(report))
+    if report.missed:
+        modules: dict[str, list[str]] = {}
+        for missed in report.missed:
+            modules.setdefault(missed.reason, []).append(missed.module)
+        lines = [_wrapped(f"{where}: {reason}", "  ") for reason in modules for where in _named(modules[reason])]
+        blocks.append("\n".join(["Left as they were:", *lines]))
+    if report.policy_warnings:
+        blocks.append("\n".join(["Policy:", *(_wrapped(warning, "  ") for warning in report.policy_warnings)]))
+    return "\n\n".join(blocks)
+
+
+def summary(report: "Report") -> str:
+    """The report in a sentence: how many attentions, what runs them, how many are approximate, how many were missed."""
+    if not report.sites:
+        what = "attnfx: no attention found; the model compiles as it would without attnfx"
+    else:
+        ways = ", ".join(f"{decision} {count}" for decision, count in Counter(s.decision for s in report.sites).items())
+        approximate = sum(not site.exact for site in report.sites)
+        exactness = f"{approximate} approximate, by policy" if approximate else "all exact"
+        what = f"attnfx: {_count(len(report.sites), 'attention')} ({ways}), {exactness}"
+    return f"{what}; {_count(len(report.missed), 'near miss', 'es')}." if report.missed else f"{what}."
+
+
+@dataclass(frozen=True)
+class Group:
+    """Attentions that differ in nothing but the number of their layer, under one name."""
+
+    modules: str
+    sites: tuple["SiteReport", ...]
+
+
+def groups(report: "Report") -> list[Group]:
+    """The report's sites, equal ones together, in the order of their first appearance."""
+    alike: dict[tuple[object, ...], list[SiteReport]] = {}
+    for site in report.sites:
+        key = (site.pattern, str(site.site), site.decision, site.variant, site.reason, site.exactness)
+        alike.setdefault(key, []).append(site)
+    found = []
+    for sites in alike.values():
+        for name, modules in fold(dict.fromkeys(site.module for site in sites)):
+            members = tuple(site for site in sites if site.module in modules)
+            found.append(Group(f"{name or TOP} ×{len(members)}" if len(members) > 1 else name or TOP, members))
+    return found
+
+
+def _sites(report: "Report") -> str:
+    found = groups(report)
+    decision = max(len("runs as"), *(len(group.sites[0].decision) for group in found))
+    exactness = max(len("exactness"), *(len(group.sites[0].exactness) for group in found))
+    first = min(max(len(group.modules) for group in found), WIDTH - decision - exactness - 4)
+    lines = [f"{'attention':{first}}  {'runs as':{decision}}  exactness".rstrip()]
+    lines.append("─" * (first + decision + exactness + 4))
+    for group in found:
+        site = group.sites[0]
+        name, *rest = textwrap.wrap(group.modules, first) or [""]
+        lines.append(f"{name:{first}}  {site.decision:{decision}}  {site.exactness}")
+        lines.extend(rest)
+        lines.append(_wrapped(str(site.site), "  "))
+        lines.append(_wrapped(site.reason, "  "))
+    return "\n".join(lines)
+
+
+def _named(modules: list[str]) -> list[str]:
+    return [
+        f"{name or TOP} ×{count}" if (count := sum(map(modules.count, members))) > 1 else name or TOP
+        for name, members in fold(dict.fromkeys(modules))
+    ]
+
+
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"

@@ -1,0 +1,235 @@
+"""Splice: the only code that edits a graph. It puts one attention node where a site was and removes what only served the old one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnfx.capture import Mirror, as_sympy
+from attnfx.integers import FloorDiv, Mod
+from attnfx.patterns.axes import Axis, Operand
+from attnfx.patterns.matcher import Match
+
+#: Methods whose result depends on the strides of what they are called on.
+_STRIDE_SENSITIVE = frozenset(("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset"))
+_FOLLOWED = frozenset(("transpose", "permute", "unsqueeze", "squeeze", "swapaxes", "t", "detach"))
+
+
+class Splicer:
+    """Edits one Dynamo graph by the matches of its mirror."""
+
+    def __init__(self, gm: fx.GraphModule, mirror: Mirror) -> None:
+        self.gm, self.graph, self.mirror = gm, gm.graph, mirror
+        self.made: list[fx.Node] = []
+        self.replaced: list[fx.Node] = []
+
+    def splice(self, match: Match, call: Callable[..., fx.Node]) -> fx.Node:
+        """Replace the site by ``call(query, key, value, loads)``, made with canonical (B,H,M,D) operands. Returns the new node.
+
+        Leaves the graph as it was if anything goes wrong. What only served the old site stays until :meth:`prune`.
+        """
+        old = self.mirror.dynamo_of.get(match.candidate.output)
+        if old is None:
+            raise LookupError("the result of the attention is not a value of the graph")
+        self.made = []
+        try:
+            with self.graph.inserting_before(old):
+                core, result = self._build(match, call, old)
+        except BaseException:
+            for node in reversed(self.made):
+                self.graph.erase_node(node)
+            raise
+        result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k != "example_value"}}
+        old.replace_all_uses_with(result)
+        self.replaced.append(old)
+        return core
+
+    def _build(self, match: Match, call: Callable[..., fx.Node], old: fx.Node) -> tuple[fx.Node, fx.Node]:
+        layout = match.layout
+        heads = (*layout.heads, *layout.groups)
+        query = self.arranged(match, match.query, (layout.batch, heads, (layout.i,), (layout.d,)))
+        for factor in match.factors:
+            query = self.call_method("mul", query, self.value(factor))
+        key = self.arranged(match, match.key, (layout.batch, layout.heads, (layout.j,), (layout.d,)))
+        value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
+        loads = [self.load(node, query) for node in match.loads]
+        core = call(query, key, value, loads)
+        self.made.append(core)
+        for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
+            if name in old.meta:
+                core.meta[name] = old.meta[name]
+        return core, self.restored(match, core, old)
+
+    # Operands -----------------------------------------------------------------------------------------------------------
+
+    def arranged(self, match: Match, operand: Operand, target: Sequence[Axis]) -> fx.Node:
+        """``operand`` as a four-dimensional tensor whose axes carry ``target``; views wherever its strides allow."""
+        node, axes = self.value(operand.node), operand.axes
+        if tuple(axes) == tuple(target):
+            return node
+        if any(axis not in target and len(axis) > 1 for axis in axes):
+            atoms = [part for axis in axes for part in ([(s,) for s in axis] if axis not in target else [axis])]
+            node, axes = self.reshaped(node, match, atoms), tuple(atoms)
+        wanted: list[Axis] = []
+        for group in target:
+            wanted.extend([group] if group in axes else [(s,) for s in group])
+        present = [axis for axis in wanted if axis in axes]
+        absent = [k for k, axis in enumerate(axes) if axis not in present]
+        order = [axes.index(axis) for axis in present] + absent
+        if order != list(range(len(axes))):
+            node = self.call_method("permute", node, *order)
+        for _ in absent:
+            node = self.call_method("squeeze", node, -1)
+        for k, axis in enumerate(wanted):
+            if axis not in axes:
+                node = self.call_method("unsqueeze", node, k)
+        if any(axis not in axes and self.extent(match, axis) != 1 for axis in wanted):
+            node = self.call_method("expand", node, *(-1 if axis in axes else self.number(self.extent(match, axis)) for axis in wanted))
+        return node if wanted == list(target) else self.reshaped(node, match, target)
+
+    def restored(self, match: Match, core: fx.Node, old: fx.Node) -> fx.Node:
+        """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something looks at them."""
+        layout = match.layout
+        axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), (layout.dv,)]
+        # An axis that no operand has is one that the model broadcast: its size is one.
+        target = [tuple(s for s in axis if any(s in group for group in axes)) for axis in match.output.axes]
+        node = core
+        if target != axes:
+            parts = [part for group in axes for part in ([group] if group in target else [(s,) for s in group])]
+            if parts != axes:
+                node = self.reshaped(node, match, parts)
+            atoms = [part for axis in target for part in ([axis] if axis in parts else [(s,) for s in axis])]
+            order = [parts.index(part) for part in atoms] + [k for k, part in enumerate(parts) if part not in atoms]
+            if order != list(range(len(parts))):
+                node = self.call_method("permute", node, *order)
+            if order[: len(atoms)] != order or atoms != target:
+                node = self.reshaped(node, match, match.output.axes)
+        dtype = match.candidate.output.meta["val"].dtype
+        if dtype != match.site.dtype:
+            node = self.call_method("to", node, dtype)
+        if stride_sensitive(old):
+            node = self.call_method("contiguous", node)
+        return node
+
+    def load(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """A side tensor; a number known only at run time becomes a tensor of rank zero."""
+        if isinstance(node.meta["val"], torch.Tensor):
+            return self.value(node)
+        device = self.call(getattr, like, "device")
+        return self.call(torch.full, (), self.value(node), dtype=torch.float32, device=device)
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The Dynamo node that holds a mirror node's value; computed anew from ATen where it is inside another operation."""
+        known = self.mirror.dynamo_of.get(node)
+        if known is not None:
+            return known
+        if node.name.startswith("opaque_"):
+            return self.mirror.origin[node]
+        if not isinstance(node.target, torch._ops.OpOverload | type(operator.getitem)):
+            raise LookupError(f"{node.name} cannot be reached from the graph")
+        args, kwargs = pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
+        made = self.call(node.target, *args, **kwargs)
+        self.mirror.dynamo_of[node] = made
+        return made
+
+    # Sizes --------------------------------------------------------------------------------------------------------------
+
+    def extent(self, match: Match, axis: Axis) -> sympy.Expr:
+        return sympy.expand(sympy.Mul(*(match.extents.sizes[s] for s in axis)))
+
+    def reshaped(self, node: fx.Node, match: Match, axes: Sequence[Axis]) -> fx.Node:
+        return self.call_method("reshape", node, *(self.number(self.extent(match, axis)) for axis in axes))
+
+    def number(self, e: sympy.Expr) -> int | fx.Node:
+        """A size as an int or as a node computed from the graph's SymInt inputs."""
+        if e.is_Integer:
+            return int(e)
+        if e.is_Symbol:
+            return self._symbol(e)
+        args = [self.number(a) for a in e.args]
+        if isinstance(e, FloorDiv | Mod):
+            return self.call(operator.floordiv if isinstance(e, FloorDiv) else operator.mod, *args)
+        if not (e.is_Add or e.is_Mul or (e.is_Pow and e.args[1].is_Integer and e.args[1] > 0)):
+            raise LookupError(f"the size {e} cannot be computed in the graph")
+        if e.is_Pow:
+            args = [args[0]] * int(e.args[1])
+        total = args[0]
+        for a in args[1:]:
+            total = self.call(operator.add if e.is_Add else operator.mul, total, a)
+        return total
+
+    def _symbol(self, s: sympy.Symbol) -> fx.Node:
+        user = self.mirror.to_user.get(s)
+        for placeholder in self.graph.find_nodes(op="placeholder"):
+            example = placeholder.meta.get("example_value")
+            if isinstance(example, torch.SymInt) and as_sympy(example) == user:
+                return placeholder  # type: ignore[no-any-return]
+        raise LookupError(f"the size {s} is not an input of the graph")
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        self.made.append(self.graph.call_function(target, args, kwargs))
+        return self.made[-1]
+
+    def call_method(self, name: str, *args: Any) -> fx.Node:
+        self.made.append(self.graph.call_method(name, args))
+        return self.made[-1]
+
+    # Removal ------------------------------------------------------------------------------------------------------------
+
+    def prune(self) -> None:
+        """Remove the replaced nodes and those of their ancestors that nothing reads any more.
+
+        An in-place write goes only together with everything that shares its memory, once nobody outside reads any of it.
+        """
+        alive = list(self.graph.nodes)
+        ancestors = set(self.replaced)
+        for node in reversed(alive):
+            if node in ancestors:
+                ancestors.update(node.all_input_nodes)
+        written = {at for at, _ in self.mirror.mutations}
+        writers = {self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin}
+        dead: set[fx.Node] = set()
+        while True:
+            before = len(dead)
+            for node in reversed(alive):
+                if node in ancestors and node not in dead and node not in writers and self._pure(node) and set(node.users) <= dead:
+                    dead.add(node)
+            for group in self._memory(dead).values():
+                inside = dead.union(group)
+                if group & ancestors and all(self._pure(n) and set(n.users) <= inside for n in group):
+                    dead |= group
+            if len(dead) == before:
+                break
+        for node in reversed(alive):
+            if node in dead:
+                self.graph.erase_node(node)
+
+    def _pure(self, node: fx.Node) -> bool:
+        return node.op in ("call_function", "call_method", "get_attr") and node not in self.mirror.blind
+
+    def _memory(self, dead: set[fx.Node]) -> dict[int, set[fx.Node]]:
+        """The living nodes that share each storage that is written in place."""
+        written = {storage for _, storage in self.mirror.mutations}
+        groups: dict[int, set[fx.Node]] = {}
+        for node, value in self.mirror.value.items():
+            storage = self.mirror.storage.get(value)
+            if storage in written and node not in dead:
+                groups.setdefault(storage, set()).add(node)
+        return groups
+
+
+def stride_sensitive(node: fx.Node) -> bool:
+    """Whether something reads the strides of ``node``, or of a view of it: then the replacement has to be contiguous as well."""
+    for user in node.users:
+        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
+        if user.op == "output" or name in _STRIDE_SENSITIVE:
+            return True
+        if name in _FOLLOWED and stride_sensitive(user):
+            return True
+    return False

@@ -1,0 +1,128 @@
+"""AttentionSite: what one attention of a model is, exactly and without reference to the graph it was found in.
+
+    z(b,h,i,j) = score(q_i . k_j)                       the score program, float32
+    z          = keep ? z : fill   (or z + fill)        the mask, as the model spells it
+    O(b,h,i)   = dropout(softmax_j z) v_j
+
+Letters: b batch, h query head, i query, j key, d head_dim; sizes B, H (Hk key heads), M queries, N keys, D, Dv.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+
+from attnfx import expr
+from attnfx.expr import Expr, Int
+from attnfx.facts import Facts, prove
+from attnfx.integers import Ranges
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """A tensor that score or keep loads from: its sizes, dtype, and whether a gradient of it is wanted."""
+
+    shape: tuple[sympy.Expr, ...]
+    dtype: torch.dtype
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a site was found; it does not count in equality, so that equal layers share one plan."""
+
+    module: str = ""
+    source: str = ""
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention. Sizes are sympy integers or expressions of the graph's size symbols.
+
+    ``score``: natural-unit logits from :class:`attnfx.expr.Score`; ``keep``: the mask predicate; ``fill`` with ``additive``: what the
+    model puts (or adds) where keep is false; ``empty_rows``: what a query without keys gives: ``"nan"`` (plain softmax of -inf),
+    ``"zero"`` (torch's scaled_dot_product_attention), or ``"fill"`` (a finite fill: the softmax over all keys).
+    """
+
+    batch: sympy.Expr
+    heads: sympy.Expr
+    key_heads: sympy.Expr
+    queries: sympy.Expr
+    keys: sympy.Expr
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: str
+    score: Expr
+    keep: Expr = expr.TRUE
+    fill: float = float("-inf")
+    additive: bool = False
+    empty_rows: str = "nan"
+    dropout: float = 0.0
+    side: tuple[SideTensor, ...] = ()
+    requires_grad: bool = False
+    ranges_low: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
+    ranges_high: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
+    origin: Origin = field(default_factory=Origin, compare=False)
+
+    def replace(self, **changes: object) -> AttentionSite:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def ranges(self) -> Ranges:
+        """What is known of the size symbols."""
+        return Ranges(dict(self.ranges_low), dict(self.ranges_high))
+
+    @property
+    def facts(self) -> Facts:
+        return prove(self.keep, self.queries, self.keys, self.ranges)
+
+    @property
+    def query_length(self) -> Expr:
+        return Int(self.queries)
+
+    @property
+    def key_length(self) -> Expr:
+        return Int(self.keys)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query is proved to see keys after its own position (up to a constant offset)."""
+        return self.facts.causal
+
+    @property
+    def symbols(self) -> tuple[sympy.Symbol, ...]:
+        """The size symbols that score and keep mention, sorted by name: the numbers a kernel needs at run time."""
+        used = expr.symbols(self.score) | expr.symbols(self.keep)
+        return tuple(sorted(used - set(expr.INDEX.values()), key=str))
+
+    @property
+    def scale(self) -> float | None:
+        """The factor ``c`` where the score program is exactly ``c * (q . k)``, else None."""
+        if isinstance(self.score, expr.Score):
+            return 1.0
+        if isinstance(self.score, expr.Call) and self.score.op in ("mul", "div"):
+            a, b = self.score.args
+            if isinstance(a, expr.Score) and isinstance(b, expr.Const):
+                return float(b.value) if self.score.op == "mul" else 1.0 / float(b.value)
+        return None
+
+    def __str__(self) -> str:
+        from attnfx.notation import line
+
+        return line(self)
+
+    def reference(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *loads: torch.Tensor, sizes: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        """The plain meaning in the dtype of ``q``: q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,Dv) -> (B,H,M,Dv). Forms S x S tensors.
+
+        ``sizes`` are the values of :attr:`symbols`. No dropout. The oracle of the tests.
+        """
+        from attnfx.evaluate import attention
+
+        return attention(self, q, k, v, loads, sizes)

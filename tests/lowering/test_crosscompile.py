@@ -1,0 +1,43 @@
+"""A small part of the cross-compilation check; `attnfx.lowering.crosscompile.check()` is the whole of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, default
+from attnfx.lowering.crosscompile import TARGETS, Job, check
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward_compiles_without_spills(target: str) -> None:
+    rows = check([target], [Job("causal", torch.bfloat16, 64, target, ("forward",))], processes=1)
+    assert [row.template for row in rows] == ["forward"]
+    assert [row for row in rows if not row.ok] == []
+    assert rows[0].registers > 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_training_compiles_for_hopper_without_spills(head_dim: int) -> None:
+    rows = check(["sm90"], [Job("causal", torch.bfloat16, head_dim, "sm90")], processes=1)
+    assert {row.template for row in rows} == {"forward", "query_gradient", "key_gradient"}
+    assert [row for row in rows if not row.ok] == []
+
+
+def test_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="sm70"):
+        check(["sm70"])
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_every_size_has_a_default(target: str) -> None:
+    for kernel in KERNELS:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for head_dim, value_dim in ((1, 256), (40, 64), (80, 128), (256, 1)):
+                config = default(kernel, dtype, head_dim, value_dim, target)
+                assert config.block_m >= 16
+                assert config.block_n >= 16
+                if kernel == "diagonal_bias":
+                    assert config.block_m == config.block_n
