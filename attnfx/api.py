@@ -16,7 +16,9 @@ from attnfx.options import Options
 from attnfx.report import Report
 
 
-def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
+def compile(
+    model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+) -> Any:
     """``torch.compile(model, backend="attnfx")`` with the options as named arguments (see :class:`attnfx.options.Options`).
 
     Raises UnknownOption or PolicyError at once, not at the first call.

@@ -57,7 +57,9 @@ def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repor
         if options.strict:
             raise
         warnings.warn(f"attnfx left a graph as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
-        return gm, Report(sites=(), missed=(Missed("", f"internal error: {error}", ""),), before=readable(gm), after=readable(gm))
+        return gm, Report(
+            sites=(), missed=(Missed("", f"internal error: {error}", ""),), before=readable(gm), after=readable(gm)
+        )
 
 
 def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
@@ -67,7 +69,10 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repo
         mirror = capture(work)
     matches, missed = patterns.recognise(mirror)
     if mirror.reason and matches:
-        refused = [Missed(origin_of(mirror, m.candidate.output).module, mirror.reason, m.candidate.output.name) for m in matches]
+        refused = [
+            Missed(origin_of(mirror, m.candidate.output).module, mirror.reason, m.candidate.output.name)
+            for m in matches
+        ]
         return gm, Report(sites=(), missed=refused, before=readable(gm), after=readable(gm))
     splicer = Splicer(work, mirror)
     sites, lost = [], []
@@ -103,7 +108,9 @@ def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> 
     except Exception as error:
         if options.strict:
             raise
-        warnings.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
+        warnings.warn(
+            f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2
+        )
         return Missed(origin.module, f"internal error: {error}", match.candidate.output.name, origin.source)
     return SiteReport(
         name=origin.node, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
@@ -119,7 +126,9 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
         if isinstance(kernel, KernelPlan):
             sizes = [splicer.number(s) for s in kernel.symbols]
-            return graph.call_function(torch.ops.attnfx.attention.default, (query, key, value, list(loads), sizes, kernel.to_json()))
+            return graph.call_function(
+                torch.ops.attnfx.attention.default, (query, key, value, list(loads), sizes, kernel.to_json())
+            )
         args = (query, key, value, site.facts.causal, site.scale, site.dropout)
         return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
 
@@ -143,7 +152,10 @@ def _missed(mirror: Mirror, miss: patterns.NearMiss) -> Missed:
 def _policy_warnings(options: Options, sites: Sequence[SiteReport]) -> tuple[str, ...]:
     modules = [s.module for s in sites]
     names = ", ".join(dict.fromkeys(modules)) or "none"
-    return tuple(f"The policy's rule {rule} matches no attention of this graph; it has: {names}." for rule in options.policy.unmatched(modules))
+    return tuple(
+        f"The policy's rule {rule} matches no attention of this graph; it has: {names}."
+        for rule in options.policy.unmatched(modules)
+    )
 
 
 __all__ = ["UnknownOption", "attnfx", "listeners", "rewrite"]

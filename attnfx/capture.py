@@ -53,6 +53,9 @@ class Mirror:
     def __post_init__(self) -> None:
         self.position = {node: k for k, node in enumerate(self.graph.nodes)}
         self.dynamo_of = {m: d for d, m in self.value.items()}
+        self._holders: dict[fx.Node, list[fx.Node]] = {}
+        for dynamo, node in self.value.items():
+            self._holders.setdefault(node, []).append(dynamo)
 
     def requires_grad(self, node: fx.Node) -> bool:
         """Whether autograd follows ``node`` in the user's graph (the mirror itself is traced without autograd metadata)."""
@@ -61,6 +64,11 @@ class Mirror:
         if isinstance(example, torch.Tensor):
             return example.requires_grad
         return any(self.requires_grad(n) for n in node.all_input_nodes)
+
+    def leaves_graph(self, node: fx.Node) -> bool:
+        """Whether the user's graph returns the value of ``node``."""
+        holders = self._holders.get(node, ())
+        return any(user.op == "output" for holder in holders for user in holder.users)
 
     def overwritten(self, node: fx.Node, until: fx.Node) -> bool:
         """Whether the memory behind ``node`` is written between its making and ``until``."""
@@ -86,7 +94,9 @@ def capture(gm: fx.GraphModule) -> Mirror:
     world = _World(gm)
     tracer = _Tracer(gm, world)
     with torch._guards.tracing(None), _undisturbed():
-        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
+        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
+            *world.inputs
+        )
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
     origin = {nodes[name]: d for name, d in tracer.origin.items() if name in nodes}
@@ -97,7 +107,9 @@ def capture(gm: fx.GraphModule) -> Mirror:
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     storage = {n: _storage(n.meta["val"]) for n in graph.nodes if is_tensor(n)}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
-    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
+    return Mirror(
+        graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved()
+    )
 
 
 #: In-place by name only: no element changes.
@@ -282,7 +294,9 @@ class _Tracer(fx.Interpreter):
         mode = get_proxy_mode()
         assert mode is not None
         result = pytree.tree_map(self.world.convert, _example(n))
-        if not any(isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)):
+        if not any(
+            isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)
+        ):
             return result
         proxy = mode.tracer.create_proxy("call_function", opaque, (), {}, name=f"opaque_{n.name}")
         track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)

@@ -98,7 +98,11 @@ def encoder_layer(
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
     def attend(x: Any) -> Any:
-        heads = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, embed_dim // num_heads)).permute(2, 0, 3, 1, 4)
+        heads = (
+            F.linear(x, qkv_weight, qkv_bias)
+            .unflatten(-1, (3, num_heads, embed_dim // num_heads))
+            .permute(2, 0, 3, 1, 4)
+        )
         out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=_keep(mask, mask_type))
         return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -59,7 +61,9 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant) -> Decision:
 def _exact(site: AttentionSite) -> Decision:
     objections = vendor.objections(site)
     if not objections:
-        return Decision("vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site)
+        return Decision(
+            "vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site
+        )
     plan = make_plan(site, family(site))
     if isinstance(plan, KernelPlan):
         return Decision(plan.family, plan, _why(site, objections), site)
@@ -81,9 +85,13 @@ def _why(site: AttentionSite, objections: tuple[str, ...]) -> str:
     return objections[0]
 
 
-def family(site: AttentionSite) -> str:
-    """The lowering family of this site's device and dtype: Triton kernels on a GPU, plain torch operations elsewhere."""
-    kernels = site.device in ("cuda", "xpu", "hip") and site.dtype in (torch.float16, torch.bfloat16, torch.float32)
+def family(site: AttentionSite) -> Literal["flash", "portable"]:
+    """The lowering family for a device and dtype: Triton kernels on a GPU, plain torch operations elsewhere.
+
+    ``TRITON_INTERPRET=1`` runs the Triton kernels on a CPU, slowly, to look at them.
+    """
+    interpreted = site.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    kernels = site.dtype in (torch.float16, torch.bfloat16, torch.float32) and (site.device == "cuda" or interpreted)
     return "flash" if kernels and triton_installed() else "portable"
 
 

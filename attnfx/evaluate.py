@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import sympy
 import torch
+from torch.utils._sympy.functions import PythonMod
 
 from attnfx import expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
 from attnfx.integers import FloorDiv, Mod
-from torch.utils._sympy.functions import PythonMod
 
 if TYPE_CHECKING:
     from attnfx.site import AttentionSite
@@ -138,7 +138,12 @@ def grid_of(batch: int, heads: int, rows: range, columns: range, device: torch.d
 
 
 def attention(
-    site: AttentionSite, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, loads: Sequence[torch.Tensor], sizes: Sequence[int]
+    site: AttentionSite,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    loads: Sequence[torch.Tensor],
+    sizes: Sequence[int],
 ) -> torch.Tensor:
     """The meaning of ``site`` in the dtype of ``q``, with S x S tensors: q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,Dv) -> (B,H,M,Dv)."""
     heads, groups = q.shape[1], q.shape[1] // max(k.shape[1], 1)
@@ -148,7 +153,11 @@ def attention(
     dots = q @ k.transpose(-1, -2)
     z = evaluate(site.score, grid, loads, values, score=dots, dtype=q.dtype).expand(dots.shape)
     keep = evaluate(site.keep, grid, loads, values).expand(dots.shape)
-    z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)) if site.additive else z.masked_fill(~keep, site.fill)
+    z = (
+        z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill))
+        if site.additive
+        else z.masked_fill(~keep, site.fill)
+    )
     weights = z.softmax(-1)
     if site.empty_rows == "zero":
         weights = weights.masked_fill((z == float("-inf")).all(-1, keepdim=True), 0.0)

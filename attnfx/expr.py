@@ -15,8 +15,7 @@ constructors below. Proofs about expressions live in :mod:`attnfx.facts`, evalua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import sympy
@@ -24,97 +23,45 @@ import torch
 
 from attnfx.integers import floordiv as _int_floordiv
 from attnfx.integers import modulo as _int_modulo
+from attnfx.nodes import (
+    BINARY,
+    COMPARE,
+    INDEX,
+    OPERATIONS,
+    UNARY,
+    Call,
+    Const,
+    Expr,
+    Int,
+    Load,
+    Number,
+    Score,
+    children,
+    depends_on,
+    symbols,
+    walk,
+)
 
-Number = int | float | bool
-
-#: Index symbols: never negative, and below the size of their axis.
-INDEX = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhij"}
-
-UNARY = ("neg", "abs", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "floor", "not", "sigmoid")
-BINARY = ("add", "sub", "mul", "div", "floordiv", "mod", "pow", "min", "max", "and", "or", "xor")
-COMPARE = ("lt", "le", "eq", "ne")
-OPERATIONS = frozenset((*UNARY, *BINARY, *COMPARE, "where", "cast"))
-
-
-class Expr:
-    """Base of the five kinds of node. Immutable, hashable, compared by structure."""
-
-    dtype: torch.dtype
-
-    def __add__(self, other: Expr | Number) -> Expr:
-        return add(self, lift(other))
-
-    def __radd__(self, other: Number) -> Expr:
-        return add(lift(other), self)
-
-    def __sub__(self, other: Expr | Number) -> Expr:
-        return sub(self, lift(other))
-
-    def __rsub__(self, other: Number) -> Expr:
-        return sub(lift(other), self)
-
-    def __mul__(self, other: Expr | Number) -> Expr:
-        return mul(self, lift(other))
-
-    def __rmul__(self, other: Number) -> Expr:
-        return mul(lift(other), self)
-
-    def __neg__(self) -> Expr:
-        return sub(integer(0), self) if isinstance(self, Int) else call("neg", self)
-
-    def __str__(self) -> str:
-        from attnfx.notation import formula
-
-        return formula(self)
-
-
-@dataclass(frozen=True, repr=False)
-class Int(Expr):
-    """An integer polynomial over index and size symbols (dtype int64)."""
-
-    value: sympy.Expr
-    dtype: torch.dtype = torch.int64
-
-    def __repr__(self) -> str:
-        return f"Int({self.value})"
-
-
-@dataclass(frozen=True)
-class Const(Expr):
-    """A float or bool constant, already rounded to its dtype. NaN is not representable; see :func:`constant`."""
-
-    value: float | bool
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Load(Expr):
-    """Element ``indices`` of side tensor ``slot``."""
-
-    slot: Hashable
-    indices: tuple[Expr, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Score(Expr):
-    """The raw dot product of query i and key j, accumulated in float32; ``scale`` and everything else is outside it."""
-
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class Call(Expr):
-    """An operation of :data:`OPERATIONS` on other expressions, with the dtype of its result."""
-
-    op: str
-    args: tuple[Expr, ...]
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        if self.op not in OPERATIONS:
-            raise ValueError(f"unknown operation {self.op!r}; an expression may use {sorted(OPERATIONS)}")
-
+__all__ = [
+    "BINARY",
+    "COMPARE",
+    "FALSE",
+    "INDEX",
+    "OPERATIONS",
+    "TRUE",
+    "UNARY",
+    "Call",
+    "Const",
+    "Expr",
+    "Int",
+    "Load",
+    "Number",
+    "Score",
+    "children",
+    "depends_on",
+    "symbols",
+    "walk",
+]
 
 TRUE = Const(True, torch.bool)
 FALSE = Const(False, torch.bool)
@@ -348,34 +295,6 @@ def ne(a: Expr, b: Expr) -> Expr:
 
 def _is_float(dtype: torch.dtype | None) -> bool:
     return dtype is not None and dtype.is_floating_point
-
-
-def children(e: Expr) -> tuple[Expr, ...]:
-    return e.args if isinstance(e, Call) else e.indices if isinstance(e, Load) else ()
-
-
-def walk(e: Expr) -> Iterator[Expr]:
-    """Every distinct node of ``e``, parents before children."""
-    seen: set[Expr] = set()
-    stack = [e]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            stack.extend(reversed(children(node)))
-
-
-def symbols(e: Expr) -> frozenset[sympy.Symbol]:
-    """Every index and size symbol that ``e`` depends on."""
-    return frozenset().union(*(n.value.free_symbols for n in walk(e) if isinstance(n, Int)))
-
-
-def depends_on(e: Expr, *names: str) -> bool:
-    """Whether any of the index symbols ``names`` occurs in ``e``. :class:`Score` counts as depending on all four."""
-    if any(isinstance(n, Score) for n in walk(e)):
-        return True
-    return not symbols(e).isdisjoint(INDEX[n] for n in names)
 
 
 def rebuild(e: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:

@@ -62,7 +62,9 @@ def conjuncts(keep: Expr) -> tuple[Expr, ...]:
 
 def prove(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges) -> Facts:
     """The facts of ``keep`` for queries ``0 <= i < length_q`` and keys ``0 <= j < length_k``."""
-    inside = Ranges({I: sympy.Integer(0), J: sympy.Integer(0), **ranges.low}, {I: length_q - 1, J: length_k - 1, **ranges.high})
+    inside = Ranges(
+        {I: sympy.Integer(0), J: sympy.Integer(0), **ranges.low}, {I: length_q - 1, J: length_k - 1, **ranges.high}
+    )
     bounds: dict[str, list[sympy.Expr]] = {"delta_low": [], "delta_high": [], "key_low": [], "key_high": []}
     rest = []
     for term in conjuncts(keep):

@@ -17,7 +17,9 @@ from attnfx.options import Options
 TOLERANCE = 64.0
 
 
-def compile_inner(gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def compile_inner(
+    gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
     """``gm`` compiled by the inner backend; with ``verify``, its first results are compared with ``original``'s."""
     compiled = _compile(gm, inputs, options)
     return _verified(compiled, original, options) if options.verify else compiled

@@ -108,7 +108,11 @@ def _split(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     whole, rest = [], []
     for term in sympy.Add.make_args(a):
         quotient = sympy.cancel(term / b)
-        integral = quotient.is_Integer if b.is_Integer and term.is_Integer else quotient.is_integer and quotient.is_polynomial()
+        integral = (
+            quotient.is_Integer
+            if b.is_Integer and term.is_Integer
+            else quotient.is_integer and quotient.is_polynomial()
+        )
         (whole if integral else rest).append(quotient if integral else term)
     return sympy.Add(*whole), sympy.Add(*rest)
 

@@ -17,7 +17,9 @@ from attnfx.patterns.axes import Axis, Operand
 from attnfx.patterns.matcher import Match
 
 #: Methods whose result depends on the strides of what they are called on.
-_STRIDE_SENSITIVE = frozenset(("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset"))
+_STRIDE_SENSITIVE = frozenset(
+    ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset")
+)
 _FOLLOWED = frozenset(("transpose", "permute", "unsqueeze", "squeeze", "swapaxes", "t", "detach"))
 
 
@@ -70,45 +72,44 @@ class Splicer:
 
     def arranged(self, match: Match, operand: Operand, target: Sequence[Axis]) -> fx.Node:
         """``operand`` as a four-dimensional tensor whose axes carry ``target``; views wherever its strides allow."""
-        node, axes = self.value(operand.node), operand.axes
-        if tuple(axes) == tuple(target):
+        node = self.value(operand.node)
+        if tuple(operand.axes) == tuple(target):
             return node
-        if any(axis not in target and len(axis) > 1 for axis in axes):
-            atoms = [part for axis in axes for part in ([(s,) for s in axis] if axis not in target else [axis])]
-            node, axes = self.reshaped(node, match, atoms), tuple(atoms)
-        wanted: list[Axis] = []
-        for group in target:
-            wanted.extend([group] if group in axes else [(s,) for s in group])
-        present = [axis for axis in wanted if axis in axes]
-        absent = [k for k, axis in enumerate(axes) if axis not in present]
-        order = [axes.index(axis) for axis in present] + absent
-        if order != list(range(len(axes))):
+        named = [
+            tuple(s for s in axis if any(s in group for group in target)) for axis in operand.axes
+        ]  # the others have size one
+        parts = [part for axis in named for part in ([axis] if axis in target else [(s,) for s in axis]) if part]
+        if parts != list(operand.axes):
+            node = self.reshaped(node, match, parts)
+        wanted = [part for group in target for part in ([group] if group in parts else [(s,) for s in group]) if part]
+        order = [parts.index(part) for part in wanted if part in parts]
+        if order != list(range(len(parts))):
             node = self.call_method("permute", node, *order)
-        for _ in absent:
-            node = self.call_method("squeeze", node, -1)
-        for k, axis in enumerate(wanted):
-            if axis not in axes:
+        for k, part in enumerate(wanted):
+            if part not in parts:
                 node = self.call_method("unsqueeze", node, k)
-        if any(axis not in axes and self.extent(match, axis) != 1 for axis in wanted):
-            node = self.call_method("expand", node, *(-1 if axis in axes else self.number(self.extent(match, axis)) for axis in wanted))
+        if any(part not in parts and self.extent(match, part) != 1 for part in wanted):
+            node = self.call_method(
+                "expand", node, *(-1 if part in parts else self.number(self.extent(match, part)) for part in wanted)
+            )
         return node if wanted == list(target) else self.reshaped(node, match, target)
 
     def restored(self, match: Match, core: fx.Node, old: fx.Node) -> fx.Node:
         """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something looks at them."""
         layout = match.layout
         axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), (layout.dv,)]
-        # An axis that no operand has is one that the model broadcast: its size is one.
+        # An axis that no operand has is one that the model broadcast, a query axis that vanished in a view: their sizes are one.
         target = [tuple(s for s in axis if any(s in group for group in axes)) for axis in match.output.axes]
         node = core
         if target != axes:
-            parts = [part for group in axes for part in ([group] if group in target else [(s,) for s in group])]
+            parts = [part for group in axes for part in ([group] if group in target else [(s,) for s in group]) if part]
             if parts != axes:
                 node = self.reshaped(node, match, parts)
-            atoms = [part for axis in target for part in ([axis] if axis in parts else [(s,) for s in axis])]
+            atoms = [part for axis in target for part in ([axis] if axis in parts else [(s,) for s in axis]) if part]
             order = [parts.index(part) for part in atoms] + [k for k, part in enumerate(parts) if part not in atoms]
             if order != list(range(len(parts))):
                 node = self.call_method("permute", node, *order)
-            if order[: len(atoms)] != order or atoms != target:
+            if [parts[k] for k in order] != list(match.output.axes):
                 node = self.reshaped(node, match, match.output.axes)
         dtype = match.candidate.output.meta["val"].dtype
         if dtype != match.site.dtype:
@@ -193,12 +194,20 @@ class Splicer:
             if node in ancestors:
                 ancestors.update(node.all_input_nodes)
         written = {at for at, _ in self.mirror.mutations}
-        writers = {self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin}
+        writers = {
+            self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin
+        }
         dead: set[fx.Node] = set()
         while True:
             before = len(dead)
             for node in reversed(alive):
-                if node in ancestors and node not in dead and node not in writers and self._pure(node) and set(node.users) <= dead:
+                if (
+                    node in ancestors
+                    and node not in dead
+                    and node not in writers
+                    and self._pure(node)
+                    and set(node.users) <= dead
+                ):
                     dead.add(node)
             for group in self._memory(dead).values():
                 inside = dead.union(group)

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import sympy
 import torch
+from torch.utils._sympy.functions import PythonMod
 
 from attnfx import expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
 from attnfx.integers import FloorDiv, Mod, Ranges
 from attnfx.lowering.derivative import has_score
-from torch.utils._sympy.functions import PythonMod
 
 LOG2E = math.log2(math.e)
 #: Longer text becomes a line of its own.

@@ -50,7 +50,9 @@ class Extents:
         """``symbol`` replaced by ``by * outer + inner``: the new extents, and that sum."""
         outer, inner = (sympy.Symbol(f"{symbol}{part}", integer=True, nonnegative=True) for part in "ab")
         rest = {s: n for s, n in self.sizes.items() if s != symbol}
-        return Extents({**rest, outer: sympy.cancel(self.sizes[symbol] / by), inner: by}, self.known), by * outer + inner
+        return Extents(
+            {**rest, outer: sympy.cancel(self.sizes[symbol] / by), inner: by}, self.known
+        ), by * outer + inner
 
 
 def understood(node: fx.Node, index: Index, extents: Extents, alone: frozenset[sympy.Symbol]) -> Operand | None:

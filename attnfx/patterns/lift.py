@@ -60,7 +60,9 @@ class Dot:
 class Lifter:
     """Pulls indices through one mirror. ``ranges`` bounds the index symbols in use."""
 
-    def __init__(self, mirror: Mirror, ranges: Ranges, *, at: fx.Node, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None):
+    def __init__(
+        self, mirror: Mirror, ranges: Ranges, *, at: fx.Node, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None
+    ):
         self.mirror = mirror
         self.ranges = ranges
         self.at = at
@@ -113,7 +115,9 @@ class Lifter:
         used = frozenset().union(*(expr.symbols(x) for x in index)) if index else frozenset()
         if all(s in used for s in self.inner):
             return False
-        return any(isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found))
+        return any(
+            isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found)
+        )
 
     def scalar(self, node: fx.Node) -> Expr:
         value = node.meta.get("val")

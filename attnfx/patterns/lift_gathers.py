@@ -89,7 +89,9 @@ def _stack(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     rest = (*index[:d], *index[d + 1 :])
     found = lifter.element(pieces[-1], rest)
     for k in reversed(range(len(pieces) - 1)):
-        found = expr.where(expr.eq(index[d], expr.integer(k)), lifter.element(pieces[k], rest), found, node.meta["val"].dtype)
+        found = expr.where(
+            expr.eq(index[d], expr.integer(k)), lifter.element(pieces[k], rest), found, node.meta["val"].dtype
+        )
     return found
 
 
@@ -99,7 +101,12 @@ def _diff(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, order, dim = node.args[0], argument(node, 1, "n", 1), argument(node, 2, "dim", -1)
     prepend, append = argument(node, 3, "prepend"), argument(node, 4, "append")
     assert isinstance(source, fx.Node)
-    if order != 1 or append is not None or node.meta["val"].dtype.is_floating_point or node.meta["val"].dtype.itemsize == 1:
+    if (
+        order != 1
+        or append is not None
+        or node.meta["val"].dtype.is_floating_point
+        or node.meta["val"].dtype.itemsize == 1
+    ):
         return None
     d = int(dim) % len(index)
 

@@ -144,7 +144,9 @@ def _power(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     a, b = (lifter.broadcast(x, index) for x in node.args[:2])
     if isinstance(a, Int) and isinstance(b, Int) and b.value.is_Integer and 0 <= int(b.value) <= 4:
         return Int(sympy.expand(a.value ** int(b.value)))
-    return expr.call("pow", *_aligned(a, b, _dtype(node)), dtype=_dtype(node)) if _dtype(node).is_floating_point else None
+    return (
+        expr.call("pow", *_aligned(a, b, _dtype(node)), dtype=_dtype(node)) if _dtype(node).is_floating_point else None
+    )
 
 
 def _unary(op: str) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
@@ -194,7 +196,14 @@ def _compare(name: str) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     return apply
 
 
-for _name, _other in (("lt", "less"), ("le", "less_equal"), ("gt", "greater"), ("ge", "greater_equal"), ("eq", "eq"), ("ne", "not_equal")):
+for _name, _other in (
+    ("lt", "less"),
+    ("le", "less_equal"),
+    ("gt", "greater"),
+    ("ge", "greater_equal"),
+    ("eq", "eq"),
+    ("ne", "not_equal"),
+):
     rule(f"aten.{_name}", f"aten.{_other}")(_compare(_name))
 
 
@@ -207,11 +216,20 @@ def _logic(make: Callable[..., Expr]) -> Callable[[Lifter, fx.Node, Index], Expr
     return apply
 
 
-_AND = ("aten.__and__", "aten.logical_and", "aten.bitwise_and", "aten.__iand__", "aten.logical_and_", "aten.bitwise_and_")
+_AND = (
+    "aten.__and__",
+    "aten.logical_and",
+    "aten.bitwise_and",
+    "aten.__iand__",
+    "aten.logical_and_",
+    "aten.bitwise_and_",
+)
 _OR = ("aten.__or__", "aten.logical_or", "aten.bitwise_or", "aten.__ior__", "aten.logical_or_", "aten.bitwise_or_")
 rule(*_AND)(_logic(expr.logical_and))
 rule(*_OR)(_logic(expr.logical_or))
-rule("aten.__xor__", "aten.logical_xor", "aten.bitwise_xor")(_logic(lambda a, b: expr.call("xor", a, b, dtype=torch.bool)))
+rule("aten.__xor__", "aten.logical_xor", "aten.bitwise_xor")(
+    _logic(lambda a, b: expr.call("xor", a, b, dtype=torch.bool))
+)
 
 
 @rule("aten.logical_not", "aten.bitwise_not", "aten.logical_not_", "aten.bitwise_not_")

@@ -85,7 +85,9 @@ class _Attempt:
         self.lifter = self.new_lifter(None)
         self.weights = candidate.weights(self.lifter, index, Int(self.j))
         if self.weights[candidate.axis] != Int(self.j):
-            raise Refused(f"the softmax runs over axis {candidate.axis}, which is not the axis that the values are summed over")
+            raise Refused(
+                f"the softmax runs over axis {candidate.axis}, which is not the axis that the values are summed over"
+            )
 
     def new_lifter(self, inner: tuple[sympy.Symbol, sympy.Symbol] | None) -> Lifter:
         return Lifter(self.mirror, self.extents.ranges, at=self.candidate.output, inner=inner)
@@ -137,7 +139,9 @@ class _Attempt:
     def _roles(self) -> None:
         used = {name: frozenset().union(*(expr.symbols(x) for x in side[0][1])) for name, side in
                 (("q", self.query), ("k", self.key), ("v", self.value))}  # fmt: skip
-        order = [s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes]
+        order = [
+            s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes
+        ]
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
         self.i = rows[-1] if rows else self._single_row()
         columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
@@ -193,7 +197,11 @@ class _Attempt:
         scale = 1.0
         while True:
             node = operand.node
-            if (found := through_scaling(node)) is not None and sizes(found[0]) == sizes(node) and self._same_dtype(*found[:1], node):
+            if (
+                (found := through_scaling(node)) is not None
+                and sizes(found[0]) == sizes(node)
+                and self._same_dtype(*found[:1], node)
+            ):
                 older, scale = found[0], scale * found[1]
             elif operation(node) in ("aten.to", "aten._to_copy") and self._widens(node):
                 older = node.args[0]  # type: ignore[assignment]
@@ -212,14 +220,26 @@ class _Attempt:
         assert isinstance(source, fx.Node)
         value = self.value[0][0].meta["val"].dtype
         same = source.meta["val"].device == node.meta["val"].device
-        return same and bool(source.meta["val"].dtype == value) and value.itemsize == 2 and node.meta["val"].dtype == torch.float32
+        return (
+            same
+            and bool(source.meta["val"].dtype == value)
+            and value.itemsize == 2
+            and node.meta["val"].dtype == torch.float32
+        )
 
     def _site(
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float
     ) -> tuple[AttentionSite, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
         lifter = self.new_lifter((self.i, self.j))
         z = self.candidate.logits(lifter, self.weights)
-        z = expr.rebuild(z, lambda n: expr.Score() if isinstance(n, Load) and n.slot == Dot(self.dot) and n.indices == self.dot_index else None)
+        z = expr.rebuild(
+            z,
+            lambda n: (
+                expr.Score()
+                if isinstance(n, Load) and n.slot == Dot(self.dot) and n.indices == self.dot_index
+                else None
+            ),
+        )
         if scale != 1.0:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
@@ -227,10 +247,18 @@ class _Attempt:
         logits = separate(_folded(_canonical(z, layout, self.extents)))
         score, keep, loads = self._numbered(logits.score, logits.keep)
         fill = logits.fill
-        empty = "zero" if self.candidate.empty_rows == "zero" and fill == float("-inf") else "nan" if fill == float("-inf") else "fill"
+        empty = (
+            "zero"
+            if self.candidate.empty_rows == "zero" and fill == float("-inf")
+            else "nan"
+            if fill == float("-inf")
+            else "fill"
+        )
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         if len({t.dtype for t in tensors}) != 1:
-            raise Refused(f"queries, keys and values have dtypes {', '.join(str(t.dtype).removeprefix('torch.') for t in tensors)}")
+            raise Refused(
+                f"queries, keys and values have dtypes {', '.join(str(t.dtype).removeprefix('torch.') for t in tensors)}"
+            )
         product = self._product
         grad = self.mirror.requires_grad(self.candidate.output)
         heads = product(layout.heads)
@@ -267,7 +295,12 @@ class _Attempt:
             assert isinstance(source, fx.Node)
             if not isinstance(source.meta.get("val"), torch.Tensor):
                 raise Refused(f"{source.name} is a number known only at run time")
-            if isinstance(node.slot, Dot) and operation(source) not in ("aten.matmul", "aten.bmm", "aten.einsum", "aten.mm"):
+            if isinstance(node.slot, Dot) and operation(source) not in (
+                "aten.matmul",
+                "aten.bmm",
+                "aten.einsum",
+                "aten.mm",
+            ):
                 raise Refused(f"{source.name} is a second product inside the logits")
             if self.mirror.overwritten(source, self.candidate.output):
                 raise Refused(f"{source.name} is changed in place before the attention is computed")
@@ -284,7 +317,12 @@ def _without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
     def strip(node: Expr) -> Expr | None:
         if isinstance(node, expr.Call) and node.op == "mul":
             for scored, number in (node.args, node.args[::-1]):
-                if isinstance(scored, expr.Score) and isinstance(number, Load) and not number.indices and isinstance(number.slot, fx.Node):
+                if (
+                    isinstance(scored, expr.Score)
+                    and isinstance(number, Load)
+                    and not number.indices
+                    and isinstance(number.slot, fx.Node)
+                ):
                     factors.append(number.slot)
                     return scored
         return None
@@ -295,7 +333,13 @@ def _without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
 def _canonical(z: Expr, layout: Layout, extents: Extents) -> Expr:
     """``z`` in the canonical index symbols b, h, i, j."""
     mapping = {layout.i: INDEX["i"], layout.j: INDEX["j"]}
-    ranges = Ranges({}, {INDEX["b"]: _total(layout.batch, extents) - 1, INDEX["h"]: _total((*layout.heads, *layout.groups), extents) - 1})
+    ranges = Ranges(
+        {},
+        {
+            INDEX["b"]: _total(layout.batch, extents) - 1,
+            INDEX["h"]: _total((*layout.heads, *layout.groups), extents) - 1,
+        },
+    )
     for name, atoms in (("b", layout.batch), ("h", (*layout.heads, *layout.groups))):
         below = sympy.Integer(1)
         for k, atom in reversed(list(enumerate(atoms))):
@@ -316,11 +360,18 @@ def _folded(z: Expr) -> Expr:
         if isinstance(node, expr.Call) and node.op in ("mul", "div") and isinstance(node.args[1], expr.Const):
             inner = fold(node.args[0]) or node.args[0]
             by = float(node.args[1].value)
-            if isinstance(inner, expr.Call) and inner.op == "mul" and isinstance(inner.args[0], expr.Score) and isinstance(inner.args[1], expr.Const):
+            if (
+                isinstance(inner, expr.Call)
+                and inner.op == "mul"
+                and isinstance(inner.args[0], expr.Score)
+                and isinstance(inner.args[1], expr.Const)
+            ):
                 factor = float(inner.args[1].value) * by if node.op == "mul" else float(inner.args[1].value) / by
                 return expr.call("mul", inner.args[0], expr.Const(factor, torch.float64), dtype=torch.float32)
             if isinstance(inner, expr.Score):
-                return expr.call("mul", inner, expr.Const(by if node.op == "mul" else 1 / by, torch.float64), dtype=torch.float32)
+                return expr.call(
+                    "mul", inner, expr.Const(by if node.op == "mul" else 1 / by, torch.float64), dtype=torch.float32
+                )
         return None
 
     return expr.rebuild(z, fold)

@@ -56,7 +56,11 @@ def _written_out(weights: fx.Node, total: fx.Node) -> tuple[fx.Node, int] | None
 def _row_maximum(top: object, source: fx.Node, axis: int, rank: int) -> bool:
     while isinstance(top, fx.Node) and operation(top) in ("aten.detach", "_operator.getitem"):
         top = top.args[0]
-    if not isinstance(top, fx.Node) or operation(top) not in ("aten.amax", "aten.max", "aten.logsumexp") or top.args[0] is not source:
+    if (
+        not isinstance(top, fx.Node)
+        or operation(top) not in ("aten.amax", "aten.max", "aten.logsumexp")
+        or top.args[0] is not source
+    ):
         return False
     dims = argument(top, 1, "dim")
     given = [dims] if isinstance(dims, int) else list(dims or ())
@@ -71,6 +75,7 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
         return
     end = ends[0]
     leaves = [user.name for step in path for user in step.users if user is not end and user not in path]
+    leaves += ["the caller, as an output of the model" for step in path if mirror.leaves_graph(step)]
     if leaves:
         yield node, f"its probabilities are also used by {leaves[0]}"
         return

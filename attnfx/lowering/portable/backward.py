@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnfx.lowering.gradients import BiasGradient, to_layout
 from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
 from attnfx.lowering.portable.forward import Result, dots, literal_logits, masked_logits
 
@@ -28,10 +29,15 @@ def backward(
 ) -> list[Tensor]:
     """dq, dk, dv in the dtypes of q, k, v, then the gradient of each of ``plan.gradients`` in its side tensor's dtype and shape."""
     problem = Problem(plan, q, k, v, loads, tuple(sizes), seed)
-    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    # dk and dv are sums over blocks of rows: in the working dtype until the end
+    sums = torch.empty_like(q), *(t.new_zeros(t.shape, dtype=problem.dtype) for t in (k, v))
     biases = [_new_sum(g, problem) for g in plan.gradients]
-    for batches, heads in problem.chunks() if not problem.empty else ():
-        _chunk(problem, batches, heads, result, grad_out, grad_lse, grads, biases)
+    fused = None if problem.empty or grad_lse is not None or any(g.kind != "row" for g in plan.gradients) else Fused.of(problem)
+    for rows in fused.rows() if fused is not None else (range(problem.rows),) if not problem.empty else ():
+        if fused is None or not _fused(fused, rows, result, grad_out, sums):
+            for block in problem.blocks(rows):
+                _block(problem, block, result, grad_out, grad_lse, sums, biases)
+    grads = [problem.q.new_zeros(q.shape) if problem.empty else sums[0], sums[1].to(k.dtype), sums[2].to(v.dtype)]
     for gradient, total in zip(plan.gradients, biases, strict=True):
         if gradient.kind == "row" and grad_lse is not None:
             # softmax does not see a term that all keys share; the log of its sum does
@@ -40,64 +46,59 @@ def backward(
     return [*grads, *made]
 
 
-def _chunk(
-    problem: Problem,
-    batches: range,
-    heads: range,
-    result: Result,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    grads: list[Tensor],
-    biases: list[Tensor],
+Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def _fused(fused: Fused, rows: range, result: Result, grad_out: Tensor, sums: Sums) -> bool:
+    """Some rows through torch's CPU kernel; False where it means something else by them."""
+    block = fused.block(rows)
+    same, mask = fused.mask(block)
+    if not same:
+        return False
+    dq, dk, dv = fused.backward(block, mask, grad_out, result.out, result.lse)
+    keys = fused.problem.place_of_keys(block)
+    sums[0][block.place] = dq
+    sums[1][keys] += dk
+    sums[2][keys] += dv
+    return True
+
+
+def _block(
+    problem: Problem, block: Block, result: Result, grad_out: Tensor, grad_lse: Tensor | None, sums: Sums, biases: list[Tensor]
 ) -> None:
-    keys, values = problem.keys_of(problem.k, batches, heads), problem.keys_of(problem.v, batches, heads)
-    grad_k, grad_v = torch.zeros_like(keys), torch.zeros_like(values)
-    for block in problem.blocks(batches, heads):
-        at = _place(block)
-        wide_grad = grad_out[at].to(problem.dtype)
-        delta = (wide_grad * result.out[at].to(problem.dtype)).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta = delta - grad_lse[at].to(problem.dtype)[..., None]
-        whole, p, live, slope = _weights(problem, block, keys, result)
-        run = slice(whole.keys.start, whole.keys.stop)
-        stacked_grad = problem.stacked(wide_grad)
-        dweight = problem.unstacked(stacked_grad @ values[:, :, run].transpose(-1, -2))
-        scale = problem.dropout(whole)
-        survived = p if scale is None else p * scale
-        grad_v[:, :, run] += problem.stacked(survived).transpose(-1, -2) @ stacked_grad
-        dz = dweight.sub_(delta).mul_(p) if scale is None else (dweight * scale - delta) * p
-        if live is not None:
-            dz = dz.masked_fill(~live, 0.0)
-        for gradient, total in zip(problem.plan.gradients, biases, strict=True):
-            _accumulate(gradient, total, dz, whole, problem)
-        ds = problem.stacked(dz * slope)
-        grads[0][at] = problem.unstacked(ds @ keys[:, :, run]).to(grads[0].dtype)
-        grad_k[:, :, run] += ds.transpose(-1, -2) @ problem.rows_of(problem.q, block)
-    place = (slice(batches.start, batches.stop), slice(heads.start // problem.group, heads.stop // problem.group))
-    grads[1][place], grads[2][place] = grad_k.to(grads[1].dtype), grad_v.to(grads[2].dtype)
+    wide_grad = grad_out[block.place].to(problem.dtype)
+    delta = (wide_grad * result.out[block.place].to(problem.dtype)).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[block.place].to(problem.dtype)[..., None]
+    block, p, live, slope = _weights(problem, block, result)
+    place, stacked_grad = problem.place_of_keys(block), problem.stacked(wide_grad)
+    dweight = problem.unstacked(stacked_grad @ problem.keys_of(problem.v, block).transpose(-1, -2))
+    scale = problem.dropout(block)
+    survived = p if scale is None else p * scale
+    sums[2][place] += problem.stacked(survived).transpose(-1, -2) @ stacked_grad
+    dz = (dweight if scale is None else dweight * scale).sub_(delta).mul_(p)
+    if live is not None:
+        dz = dz.masked_fill(~live, 0.0)
+    for gradient, total in zip(problem.plan.gradients, biases, strict=True):
+        _accumulate(gradient, total, dz, block, problem)
+    ds = problem.stacked(dz * slope)
+    sums[0][block.place] = problem.unstacked(ds @ problem.keys_of(problem.k, block)).to(sums[0].dtype)
+    sums[1][place] += ds.transpose(-1, -2) @ problem.rows_of(problem.q, block)
 
 
-def _place(block: Block) -> tuple[slice, slice, slice]:
-    return (
-        slice(block.batches.start, block.batches.stop),
-        slice(block.heads.start, block.heads.stop),
-        slice(block.rows.start, block.rows.stop),
-    )
-
-
-def _weights(problem: Problem, block: Block, keys: Tensor, result: Result) -> tuple[Block, Tensor, Tensor | None, Tensor]:
+def _weights(problem: Problem, block: Block, result: Result) -> tuple[Block, Tensor, Tensor | None, Tensor]:
     """The block (of all keys where eager's fill has weight), its weights, what lets gradients through, and d logits / d dot."""
-    plan, at = problem.plan, _place(block)
+    plan, at = problem.plan, block.place
     if plan.exact_rows and bool((result.row_sum[at] < 0).any()):
         block = problem.all_keys(block)
-        dot = dots(problem, block, keys)
+        dot = dots(problem, block)
         z, keep = literal_logits(problem, block, dot)
         p = (z - result.row_max[at][..., None]).exp_() / result.row_sum[at].abs()[..., None]
         return block, p, None if plan.site.additive else keep, problem.slope(block, dot)
     lse = result.lse[at][..., None]
     if not plan.exact_rows:
         lse = lse.masked_fill(lse == -math.inf, math.inf)
-    dot = dots(problem, block, keys)
+    dot = dots(problem, block)
     p = (masked_logits(problem, block, dot) - lse).exp_()
     return block, p, None, problem.slope(block, dot)
 

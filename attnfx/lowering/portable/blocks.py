@@ -34,6 +34,16 @@ class Block:
     full: bool
 
 
+    @property
+    def place(self) -> tuple[slice, slice, slice]:
+        """Where its rows are in a (B,H,M,...) tensor."""
+        return (
+            slice(self.batches.start, self.batches.stop),
+            slice(self.heads.start, self.heads.stop),
+            slice(self.rows.start, self.rows.stop),
+        )
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call: the plan, its tensors and the numbers that its formulas need."""
@@ -95,11 +105,15 @@ class Problem:
             for h in range(0, self.heads, room * self.group):
                 yield range(b, b + 1), range(h, min(h + room * self.group, self.heads))
 
-    def blocks(self, batches: range, heads: range) -> Iterator[Block]:
-        step = max(1, min(ROWS, ELEMENTS // (len(batches) * len(heads) * self.keys)))
-        for first in range(0, self.rows, step):
-            rows = range(first, min(first + step, self.rows))
-            yield Block(batches, heads, rows, *self._keys(rows))
+    def blocks(self, rows: range) -> Iterator[Block]:
+        """All blocks of some rows, those of one chunk after another."""
+        for batches, heads in self.chunks():
+            step = max(1, min(ROWS, ELEMENTS // (len(batches) * len(heads) * self.keys)))
+            for first in range(rows.start, rows.stop, step):
+                yield self.block(batches, heads, range(first, min(first + step, rows.stop)))
+
+    def block(self, batches: range, heads: range, rows: range) -> Block:
+        return Block(batches, heads, rows, *self._keys(rows))
 
     def _keys(self, rows: range) -> tuple[range, bool]:
         everything = range(self.keys)
@@ -127,8 +141,7 @@ class Problem:
 
     def rows_of(self, t: Tensor, block: Block) -> Tensor:
         """Rows of a (B,H,M,X) tensor in the working dtype, heads of one group stacked: (B',HK',G*R,X)."""
-        part = t[block.batches.start : block.batches.stop, block.heads.start : block.heads.stop, block.rows.start : block.rows.stop]
-        return self.stacked(part.to(self.dtype))
+        return self.stacked(t[block.place].to(self.dtype))
 
     def stacked(self, t: Tensor) -> Tensor:
         """(B',H',R,X) -> (B',HK',G*R,X)."""
@@ -138,10 +151,14 @@ class Problem:
         """(B',HK',G*R,X) -> (B',H',R,X)."""
         return t.reshape(t.shape[0], t.shape[1] * self.group, t.shape[2] // self.group, t.shape[3])
 
-    def keys_of(self, t: Tensor, batches: range, heads: range) -> Tensor:
-        """(B,HK,N,X) of a chunk in the working dtype."""
+    def keys_of(self, t: Tensor, block: Block) -> Tensor:
+        """The part of a (B,HK,N,X) tensor that a block meets, in the working dtype."""
+        return t[self.place_of_keys(block)].to(self.dtype)
+
+    def place_of_keys(self, block: Block) -> tuple[slice, slice, slice]:
         g = self.group
-        return t[batches.start : batches.stop, heads.start // g : heads.stop // g].to(self.dtype)
+        heads = slice(block.heads.start // g, block.heads.stop // g)
+        return slice(block.batches.start, block.batches.stop), heads, slice(block.keys.start, block.keys.stop)
 
     def logits(self, block: Block, dot: Tensor) -> Tensor:
         """Natural logits (B',H',R,C) from raw dots, before the mask."""

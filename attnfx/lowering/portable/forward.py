@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
 
 
@@ -44,11 +45,26 @@ def forward(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[T
         result.out.zero_()
         result.lse.fill_(-math.inf)
         return result
-    for batches, heads in problem.chunks():
-        keys, values = problem.keys_of(k, batches, heads), problem.keys_of(v, batches, heads)
-        for block in problem.blocks(batches, heads):
-            _store(result, problem, block_weights(problem, block, keys), values)
+    fused = Fused.of(problem)
+    for rows in fused.rows() if fused is not None else (range(problem.rows),):
+        if fused is None or not _fused(fused, rows, result):
+            for block in problem.blocks(rows):
+                _store(result, problem, block_weights(problem, block))
     return result
+
+
+def _fused(fused: Fused, rows: range, result: Result) -> bool:
+    """Some rows through torch's CPU kernel; False where it means something else by them."""
+    block = fused.block(rows)
+    same, mask = fused.mask(block)
+    if not same:
+        return False
+    out, lse = fused.forward(block, mask)
+    result.out[block.place], result.lse[block.place] = out, lse
+    if fused.problem.plan.exact_rows:
+        # exp(z - LSE) / 1: the same weights
+        result.row_max[block.place], result.row_sum[block.place] = lse, 1.0
+    return True
 
 
 def new_result(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor) -> Result:
@@ -63,15 +79,15 @@ def new_result(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor) -> Result:
     return Result(out, lse, torch.empty_like(lse), torch.empty_like(lse), q.new_zeros((batch, heads), dtype=torch.int32))
 
 
-def block_weights(problem: Problem, block: Block, keys: Tensor) -> Weights:
+def block_weights(problem: Problem, block: Block) -> Weights:
     """exp(z - row maximum) of a block; over all keys, in eager's terms, where a row of it meets the fill."""
     plan = problem.plan
-    z = masked_logits(problem, block, dots(problem, block, keys))
+    z = masked_logits(problem, block, dots(problem, block))
     row_max = z.amax(-1, keepdim=True) if z.shape[-1] else z.new_full((*z.shape[:-1], 1), -math.inf)
     literal = plan.exact_rows and bool((row_max <= plan.floor).any())
     if literal and plan.masked:
         block = problem.all_keys(block)
-        z = literal_logits(problem, block, dots(problem, block, keys))[0]
+        z = literal_logits(problem, block, dots(problem, block))[0]
         row_max = z.amax(-1, keepdim=True)
     elif not plan.exact_rows:
         row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
@@ -79,10 +95,9 @@ def block_weights(problem: Problem, block: Block, keys: Tensor) -> Weights:
     return Weights(block, p, row_max, p.sum(-1, keepdim=True), literal)
 
 
-def dots(problem: Problem, block: Block, keys: Tensor) -> Tensor:
+def dots(problem: Problem, block: Block) -> Tensor:
     """q . k of a block, (B',H',R,C)."""
-    part = keys[:, :, block.keys.start : block.keys.stop]
-    return problem.unstacked(problem.rows_of(problem.q, block) @ part.transpose(-1, -2))
+    return problem.unstacked(problem.rows_of(problem.q, block) @ problem.keys_of(problem.k, block).transpose(-1, -2))
 
 
 def masked_logits(problem: Problem, block: Block, dot: Tensor) -> Tensor:
@@ -103,15 +118,14 @@ def literal_logits(problem: Problem, block: Block, dot: Tensor) -> tuple[Tensor,
     return z.masked_fill(~keep, site.fill), keep
 
 
-def _store(result: Result, problem: Problem, w: Weights, values: Tensor) -> None:
+def _store(result: Result, problem: Problem, w: Weights) -> None:
     block, exact = w.block, problem.plan.exact_rows
     survived, scale = w.p, problem.dropout(w.block)
     if scale is not None:
         survived = survived * scale
-    part = values[:, :, block.keys.start : block.keys.stop]
-    total = problem.unstacked(problem.stacked(survived) @ part)
+    total = problem.unstacked(problem.stacked(survived) @ problem.keys_of(problem.v, block))
     row_sum = w.row_sum if exact else w.row_sum.masked_fill(w.row_sum == 0.0, 1.0)
-    at = (slice(block.batches.start, block.batches.stop), slice(block.heads.start, block.heads.stop), slice(block.rows.start, block.rows.stop))
+    at = block.place
     result.out[at] = (total / row_sum).to(result.out.dtype)
     lse = w.row_max + w.row_sum.log()
     result.lse[at] = (lse if exact else lse.masked_fill(w.row_sum == 0.0, -math.inf))[..., 0]

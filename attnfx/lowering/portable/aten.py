@@ -1,0 +1,122 @@
+"""Blocks of rows through torch's CPU flash kernel, where the plan is scale * dot + bias under a mask: several times faster.
+
+The kernel has SDPA's meaning: it drops masked keys and gives rows without keys 0. A block that holds a row for which the model means
+something else is left to the textbook's blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnfx import expr
+from attnfx.evaluate import evaluate
+from attnfx.lowering.plan import MASKED_OUT, UNREACHABLE
+from attnfx.lowering.portable.affine import Affine, affine
+from attnfx.lowering.portable.blocks import Block, Problem
+
+#: Mask elements in one call (16 MB of float32), and query rows of one call with a mask.
+ELEMENTS = 1 << 22
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One problem in this form; :meth:`of` says whether it has it."""
+
+    problem: Problem
+    form: Affine
+
+    @staticmethod
+    def of(problem: Problem) -> Fused | None:
+        plan, q, v = problem.plan, problem.q, problem.v
+        if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.shape[3] != v.shape[3]:
+            return None
+        form = affine(plan.site.score)
+        if form is None or plan.site.dropout > 0.0 or problem.empty:
+            return None
+        return Fused(problem, form)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.problem
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (p.q, p.k, p.v))  # the kernel does not look
+        return q, k, v
+
+    @property
+    def whole(self) -> bool:
+        """Plain causal attention of equal lengths, or no mask and no bias: one call, no mask tensor."""
+        plan = self.problem.plan
+        triangular = plan.masked and plan.facts.causal_offset == 0 and self.problem.rows == self.problem.keys
+        return self.form.bias is None and (not plan.masked or (triangular and self.certain))
+
+    @cached_property
+    def certain(self) -> bool:
+        """No row is without keys, and no fill is in reach of a score: known without looking."""
+        plan = self.problem.plan
+        return not plan.exact_rows and (not plan.masked or plan.facts.nonempty)
+
+    def rows(self) -> Iterator[range]:
+        p = self.problem
+        step = p.rows
+        if not self.whole:
+            parts = [e for e in (self.form.bias, p.plan.site.keep) if e is not None]
+            copies = (p.batch if any(expr.depends_on(e, "b") for e in parts) else 1) * (p.heads if any(expr.depends_on(e, "h") for e in parts) else 1)
+            step = max(1, min(ROWS, ELEMENTS // (copies * p.keys)))
+        for first in range(0, p.rows, step):
+            yield range(first, min(first + step, p.rows))
+
+    def block(self, rows: range) -> Block:
+        p = self.problem
+        if self.whole:
+            return Block(range(p.batch), range(p.heads), rows, range(p.keys), True)
+        return p.block(range(p.batch), range(p.heads), rows)
+
+    def mask(self, block: Block) -> tuple[bool, Tensor | None]:
+        """(whether the kernel means what the model means, the additive mask (b, h, R, C) of the block)."""
+        p, plan = self.problem, self.problem.plan
+        if self.whole:
+            return True, None
+        if not len(block.keys):
+            return False, None
+        bias = None
+        if self.form.bias is not None:
+            bias = evaluate(self.form.bias, p.grid(block), p.loads, p.values, known=p.known(self.form.bias, block)).float()
+            if plan.exact_rows and not bool((bias.amax(-1) > MASKED_OUT).all()):
+                return False, None
+        keep = p.keep(block)
+        if keep is not None:
+            if not self.certain and (plan.site.fill > UNREACHABLE or not bool(keep.any(-1).all())):
+                return False, None
+            none = torch.zeros((), dtype=torch.float32, device=keep.device)
+            bias = torch.where(keep, none if bias is None else bias, -math.inf)
+        if bias is not None:
+            while bias.dim() < 4:
+                bias = bias[None]
+            bias = bias.expand(*bias.shape[:2], len(block.rows), len(block.keys))
+        return True, bias
+
+    def forward(self, block: Block, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """O (B,H,R,D) and the natural LSE (B,H,R)."""
+        q, k, v = self.tensors
+        rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
+        found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, self.whole and self.problem.plan.masked, attn_mask=mask, scale=self.form.scale
+        )
+        return found
+
+    def backward(self, block: Block, mask: Tensor | None, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq (B,H,R,D), and this block's parts of dk and dv (B,HK,C,D)."""
+        q, k, v = self.tensors
+        rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
+        grad = grad_out[:, :, rows]
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad if grad.stride(3) == 1 else grad.contiguous(), q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
+            lse[:, :, rows], 0.0, self.whole and self.problem.plan.masked, attn_mask=mask, scale=self.form.scale,
+        )  # fmt: skip
+        return found
