@@ -86,11 +86,13 @@ def evaluate(
             args = [a.to(real(node.dtype)) for a in args]
         return _FUNCTIONS[node.op](*args)
 
-    return visit(e)
+    found = visit(e)
+    memo.clear()  # the functions above refer to one another: their tensors would wait for Python's collector of cycles
+    return found
 
 
 def _discrete(e: Expr) -> bool:
-    """Whether floats become integers or bools here: that happens in the model's own dtype, or an oracle would pick other buckets."""
+    """Whether floats become integers or bools here: in the model's own dtype, or an oracle would pick other buckets."""
     if not isinstance(e, Call) or e.dtype.is_floating_point or not any(a.dtype.is_floating_point for a in e.args):
         return False
     return not any(isinstance(n, Score) for n in expr.walk(e))

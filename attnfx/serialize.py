@@ -1,8 +1,8 @@
 """Expressions and sites as JSON and back: for bug reports, and for the text argument that carries a plan into a compiled graph.
 
-Reading is safe for text from anybody: nothing is evaluated, names are checked, numbers and depth are bounded, and whatever is not
-known is a :class:`FormatError` that says what was found and what would be read. Shared subexpressions are written once: an expression
-is a number into one list of nodes, each of which refers only to nodes before it.
+Reading is safe for text from anybody: nothing is evaluated, names are checked, numbers and depth are bounded, and whatever is
+not known is a :class:`FormatError` that says what was found and what would be read. Shared subexpressions are written once: an
+expression is a number into one list of nodes, each of which refers only to nodes before it.
 """
 
 from __future__ import annotations
@@ -222,9 +222,7 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
     data |= {name: [[write_symbol(s), write_integer(e)] for s, e in getattr(site, name)] for name in _RANGES}
     data["dtype"] = write_dtype(site.dtype)
     data["fill"], data["dropout"] = write_number(float(site.fill)), write_number(float(site.dropout))
-    data["side"] = [
-        {"shape": [write_integer(n) for n in t.shape], "dtype": write_dtype(t.dtype), "requires_grad": t.requires_grad} for t in site.side
-    ]
+    data["side"] = [_side_to_data(t) for t in site.side]
     data["score"], data["keep"] = writer.add(site.score), writer.add(site.keep)
     return data
 
@@ -254,11 +252,17 @@ def _bound(pair: Json) -> tuple[sympy.Symbol, sympy.Expr]:
     raise FormatError(f"a range is {pair!r}; it is a symbol and its bound")
 
 
+def _side_to_data(t: SideTensor) -> dict[str, Json]:
+    shape = [write_integer(n) for n in t.shape]
+    return {"shape": shape, "dtype": write_dtype(t.dtype), "requires_grad": t.requires_grad}
+
+
 def _side(data: Json) -> SideTensor:
     fields(data, "side tensor", {"shape", "dtype", "requires_grad"})
     if not isinstance(data["requires_grad"], bool):
         raise FormatError(f"requires_grad is {data['requires_grad']!r}; it is a bool")
-    return SideTensor(tuple(read_integer(n) for n in _list(data["shape"], "shape")), read_dtype(data["dtype"]), data["requires_grad"])
+    shape = tuple(read_integer(n) for n in _list(data["shape"], "shape"))
+    return SideTensor(shape, read_dtype(data["dtype"]), data["requires_grad"])
 
 
 def fields(data: Json, what: str, known: Iterable[str]) -> Mapping[str, Json]:

@@ -107,6 +107,8 @@ class AttentionSite:
             return 1.0
         if isinstance(self.score, expr.Call) and self.score.op in ("mul", "div"):
             a, b = self.score.args
+            if self.score.op == "mul" and isinstance(b, expr.Score):
+                a, b = b, a
             if isinstance(a, expr.Score) and isinstance(b, expr.Const):
                 return float(b.value) if self.score.op == "mul" else 1.0 / float(b.value)
         return None

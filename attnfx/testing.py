@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,8 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """Bytes of tensors alive at the highest moment of `call()`, above what was alive before it.
 
     On a CPU counted by the profiler from every allocation, those inside compiled kernels and operators included;
-    on a CUDA device by the caching allocator.
+    on a CUDA device by the caching allocator. On a CPU the number varies between calls, by what Python's collector of
+    cycles happens to hold: take the least of a few.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -70,6 +72,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     alive = peak = 0

@@ -118,13 +118,19 @@ def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) ->
     first, last = f"{letter}_first", f"{letter}_last"
 
     def end(candidates: Candidates, combine: str, default: int) -> str:
-        terms = [_sum({"first": first, "last": last, "": ""}[anchor], body.integer(offset), offset) for anchor, offset in candidates]
+        anchors = {"first": first, "last": last, "": ""}
+        terms = [_sum(anchors[anchor], body.integer(offset), offset) for anchor, offset in candidates]
         text = terms[0] if terms else str(default)
         for term in terms[1:]:
             text = f"tl.{combine}({text}, {term})"
         return text
 
-    ends = [end(bounds.lo, "maximum", 0), end(bounds.full_lo, "maximum", 0), end(bounds.full_hi, "minimum", FAR), end(bounds.hi, "minimum", FAR)]
+    ends = [
+        end(bounds.lo, "maximum", 0),
+        end(bounds.full_lo, "maximum", 0),
+        end(bounds.full_hi, "minimum", FAR),
+        end(bounds.hi, "minimum", FAR),
+    ]
     if not bounds.full:
         ends[1:3] = ["0", "0"]
     return _definition(name, f"{first}, {last}, ints", [f"return {', '.join(ends)}"])
@@ -172,7 +178,8 @@ def _module(text: str) -> ModuleType:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         replace_file(path, text)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

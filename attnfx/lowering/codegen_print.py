@@ -20,7 +20,10 @@ LOG2E = math.log2(math.e)
 INLINE = 60
 
 _NARROW = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
-_BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
+_BINARY = {
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "lt": "<", "le": "<=", "eq": "==",
+    "ne": "!=",
+}  # fmt: skip
 _FUNCTION = {
     "abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "sin": "tl.sin",
     "cos": "tl.cos", "floor": "tl.floor", "tanh": "tanh", "sigmoid": "sigmoid", "min": "tl.minimum", "max": "tl.maximum",
@@ -66,18 +69,15 @@ class Body:
         return self.scaled(e, LOG2E, masks=True)
 
     def scaled(self, e: Expr, factor: float, masks: bool = False) -> str:
-        """``e`` * ``factor`` for an ``e`` in working precision; ``masks``: ``factor`` is that of :meth:`base_2`, still undivided."""
+        """``e`` * ``factor`` for an ``e`` in working precision; ``masks``: ``factor`` is still that of :meth:`base_2`."""
         if isinstance(e, Call) and has_score(e):
             a = e.args[0]
             if e.op in ("add", "sub"):
                 right = self.scaled(e.args[1], factor if e.op == "add" else -factor, masks and e.op == "add")
                 return f"({self.scaled(a, factor, masks)} + {right})"
-            if e.op == "neg":
-                return self.scaled(a, -factor)
-            for x, y in ((a, e.args[-1]), (e.args[-1], a)):
-                number = _constant(y)
-                if number is not None and (e.op == "mul" or (e.op == "div" and y is e.args[1] and number != 0)):
-                    return self.scaled(x, factor * number if e.op == "mul" else factor / number)
+            step = _constant_factor(e)
+            if step is not None:
+                return self.scaled(step[0], factor * step[1])
         if masks and not has_score(e) and _may_mask(e):
             return f"to_base_2({_bare(self.text(e))})"
         number = _constant(e)
@@ -108,16 +108,8 @@ class Body:
         """A chain of constant factors as one factor."""
         value: Expr = e
         factor = 1.0
-        while isinstance(value, Call) and has_score(value) and value.op in ("mul", "div", "neg"):
-            a, b = value.args[0], value.args[-1]
-            if value.op == "neg":
-                value, factor = a, -factor
-            elif _constant(b) is not None and not (value.op == "div" and _constant(b) == 0):
-                value, factor = a, (factor * _constant(b) if value.op == "mul" else factor / _constant(b))  # type: ignore[operator]
-            elif value.op == "mul" and _constant(a) is not None:
-                value, factor = b, factor * _constant(a)  # type: ignore[operator]
-            else:
-                break
+        while (step := _constant_factor(value)) is not None:
+            value, factor = step[0], factor * step[1]
         if value is e:
             return None
         return self.text(value) if factor == 1.0 else f"({self.text(value)} * {_float(factor)})"
@@ -219,8 +211,25 @@ class Body:
         return f"({text})"
 
 
+def _constant_factor(e: Expr) -> tuple[Expr, float] | None:
+    """(x, c) where ``e`` is c * x with a constant c and an x that depends on the score."""
+    if not isinstance(e, Call) or e.op not in ("mul", "div", "neg"):
+        return None
+    if e.op == "neg":
+        return (e.args[0], -1.0) if has_score(e) else None
+    left, right = _constant(e.args[0]), _constant(e.args[1])
+    if has_score(e.args[0]) and right is not None and not (e.op == "div" and right == 0):
+        return e.args[0], right if e.op == "mul" else 1.0 / right
+    return (e.args[1], left) if e.op == "mul" and left is not None and has_score(e.args[1]) else None
+
+
 def _factors(term: sympy.Expr) -> list[sympy.Expr]:
-    return [f for f in sympy.Mul.make_args(term) for _ in range(int(f.args[1]) if f.is_Pow and f.args[1].is_Integer else 1) if not f.is_Number]
+    """The symbols (or opaque parts) that a term multiplies, powers written out."""
+    found = []
+    for factor in sympy.Mul.make_args(term):
+        if not factor.is_Number:
+            found += [factor] * (int(factor.args[1]) if factor.is_Pow and factor.args[1].is_Integer else 1)
+    return found
 
 
 def _may_mask(e: Expr) -> bool:

@@ -250,7 +250,7 @@ class _Launch:
         _check(q, k, v, dropout_p, seed)
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
         group = heads // max(k.shape[1], 1)
-        exact = program.exact_rows and (program.keep is not None or program.fill == -math.inf)
+        exact = program.exact_rows
         chosen = config or fitted(default(kernel, q.dtype, d, dv, recorded_target() or target_of(q.device)), m, n)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)

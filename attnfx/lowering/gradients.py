@@ -1,4 +1,4 @@
-"""Gradients of side tensors: which forms of bias the kernels can differentiate, and how their sums become the tensor's own layout."""
+"""Gradients of side tensors: which forms of bias have one in the kernels, and how its sums become the tensor's own layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Kind = Literal["tile", "column", "row", "diagonal"]
 
 @dataclass(frozen=True)
 class BiasGradient:
-    """Side tensor ``slot`` is added to the logits with weight 1; ``axes`` is what each of its axes means: "b", "h", "i", "j" or "" (element 0).
+    """Side tensor ``slot`` is added to the logits with weight 1; ``axes``: what each of its axes means, "b", "h", "i", "j" or ""
+    (element 0).
 
     ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see it), "diagonal" by i - j.
     The two flags say that b, h do not occur, so that the gradient is a sum over them.
@@ -48,8 +49,8 @@ def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tupl
         named = [a for a in axes if a]
         if len(uses) > 1 or len(added) != 1 or None in axes or len(named) > len(set(named)):
             reasons.append(
-                f"side tensor {slot} needs a gradient and is used as {_short(uses[0])}; a gradient is computed for a tensor added once, "
-                "with weight 1, and indexed by b, h, i, j themselves."
+                f"side tensor {slot} needs a gradient and is used as {_short(uses[0])}; a gradient is computed for a tensor "
+                "added once, with weight 1, and indexed by b, h, i, j themselves."
             )
         else:
             found.append(_form(slot, tuple(a or "" for a in axes)))
@@ -82,7 +83,7 @@ def _axis(index: Expr) -> str | None:
 
 
 def _short(e: Expr) -> str:
-    text = repr(e)
+    text = str(e)
     return text if len(text) < 200 else text[:197] + "..."
 
 
@@ -102,5 +103,3 @@ def to_layout(gradient: BiasGradient, total: Tensor, like: Tensor) -> Tensor:
     grad = torch.zeros_like(like, memory_format=torch.contiguous_format)
     grad[place] = total
     return grad
-
-

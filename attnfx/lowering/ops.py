@@ -16,7 +16,7 @@ from torch import Tensor
 from attnfx.lowering import portable
 from attnfx.lowering.plan import KernelPlan
 
-LIBRARY = torch.library.Library("attnfx", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("attnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _FLASH = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, Tensor? seed, str plan"
 _RESULT = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum, Tensor degenerate"
@@ -29,8 +29,8 @@ LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? gr
 def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str) -> Tensor:
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): the attention that ``plan`` (text of a KernelPlan) describes.
 
-    ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable once, in query, key, value and the
-    side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
+    ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable once, in query, key, value and
+    the side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
     """
     read = KernelPlan.from_json(plan)
     if len(loads) != read.given:
@@ -114,7 +114,9 @@ def _flash_fake(
     return portable.new_result(KernelPlan.from_json(plan), q, k, v)
 
 
-def _backward_fake(q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Any, seed: Any, plan: str, *rest: Any) -> list[Tensor]:
+def _backward_fake(
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Any, seed: Any, plan: str, *rest: Any
+) -> list[Tensor]:
     slots = [g.slot for g in KernelPlan.from_json(plan).gradients]
     return [t.new_empty(t.shape) for t in (q, k, v, *(loads[s] for s in slots))]
 
@@ -135,7 +137,7 @@ def _flash_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, 
     _check_planned(plan, ctx.needs_input_grad[3])
     grads: list[Tensor | None] = [None] * ctx.loads
     # torch reads a list of numbers as one argument, and an empty list as a list of tensors
-    no_sizes = None if ctx.sizes else []
+    no_sizes: list[None] | None = None if ctx.sizes else []
     if grad_out is None and grad_lse is None:
         return None, None, None, grads, no_sizes, None, None
     grad_out = torch.zeros_like(results[0]) if grad_out is None else grad_out
@@ -150,8 +152,8 @@ def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
     for slot in plan.used_slots:
         if needed[slot] and slot not in planned:
             raise RuntimeError(
-                f"side tensor {slot} of this attention requires a gradient and the plan was made without one; compile the model again "
-                "with requires_grad as it is now"
+                f"side tensor {slot} of this attention requires a gradient and the plan was made without one; compile the model "
+                "again with requires_grad as it is now"
             )
 
 

@@ -50,9 +50,9 @@ MASKED_OUT = -1e38
 class KernelPlan:
     """A site made ready: slots are numbers, the score program is widened and reads relative tables, indices stay in range.
 
-    ``site.side`` lists the caller's side tensors and then one for each of ``tables``; ``symbols`` are the size symbols whose values the
-    caller passes (those of the site that the plan was made from, in its order). ``exact_rows``: rows may exist for which eager's own
-    softmax over all keys, or its NaN, must be computed.
+    ``site.side`` lists the caller's side tensors and then one for each of ``tables``; ``symbols`` are the size symbols whose
+    values the caller passes (those of the site that the plan was made from, in its order). ``exact_rows``: rows may exist for
+    which eager's own softmax over all keys, or its NaN, must be computed.
     """
 
     site: AttentionSite
@@ -100,13 +100,14 @@ class KernelPlan:
 
     @property
     def floor(self) -> float:
-        """The natural logit at or below which a row's largest kept score leaves weight to the fill, or is itself a mask's finfo.min."""
+        """The natural logit at or below which a row's largest kept score leaves weight to the fill, or is a mask's finfo.min."""
         return max(self.site.fill + REACH, MASKED_OUT)
 
     def values(self, sizes: Sequence[int], keys: int, loads: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
         """The value of every size symbol: the caller's ``sizes``, the number of keys, the sizes of side tensors."""
         if len(sizes) != len(self.symbols):
-            raise ValueError(f"{len(sizes)} sizes were given; the plan has the symbols {', '.join(map(str, self.symbols)) or 'none'}")
+            known = ", ".join(map(str, self.symbols)) or "none"
+            raise ValueError(f"{len(sizes)} sizes were given; the plan has the symbols {known}")
         values = {KEYS: keys, **dict(zip(self.symbols, sizes, strict=True))}
         for slot, axis in self._sized:
             values[size_symbol(slot, axis)] = loads[slot].shape[axis]
@@ -128,8 +129,9 @@ class KernelPlan:
         tables = [{"slot": t.slot, "recipe": writer.add(t.recipe), "per_head": t.per_head} for t in self.tables]
         site = site_to_data(self.site, writer)
         data = {
-            "attnfx": VERSION, "family": self.family, "exact_rows": self.exact_rows, "symbols": [write_symbol(s) for s in self.symbols],
-            "site": site, "tables": tables, "gradients": [dataclasses.asdict(g) for g in self.gradients], "nodes": writer.nodes,
+            "attnfx": VERSION, "family": self.family, "exact_rows": self.exact_rows,
+            "symbols": [write_symbol(s) for s in self.symbols], "site": site, "tables": tables,
+            "gradients": [dataclasses.asdict(g) for g in self.gradients], "nodes": writer.nodes,
         }  # fmt: skip
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
@@ -175,15 +177,17 @@ def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
     if has_score(site.keep):
         found.append("the mask depends on the scores; a mask here is a predicate of positions and side tensors.")
     if site.requires_grad and derivative(widened(site.score)) is None:
-        found.append("the score program has no derivative here: it uses an operation of the scores that is not one of add, sub, mul, div "
-                     "by a constant, neg, tanh, exp, sigmoid, cast, where.")  # fmt: skip
+        found.append(
+            "the score program has no derivative here: it uses an operation of the scores that is not one of add, sub, mul, "
+            "div by what is not a score, neg, tanh, exp, sigmoid, cast, where."
+        )
     if math.isnan(site.fill) or site.fill > 0:
         found.append(f"the fill is {site.fill}; a mask fills with a negative number or -inf.")
     return tuple(found)
 
 
 def _numbered(site: AttentionSite) -> AttentionSite:
-    """Slots as numbers: they index ``side`` in the order in which score and then keep mention them, unless they are numbers already."""
+    """Slots as numbers into ``side``, in the order in which score and then keep mention them, unless they are numbers already."""
     loads = [n for e in (site.score, site.keep) for n in expr.walk(e) if isinstance(n, Load)]
     slots: dict[Hashable, int] = {}
     for load in loads:
@@ -237,8 +241,11 @@ def _load(text: str) -> KernelPlan:
     if data["attnfx"] != VERSION:
         raise FormatError(f"the plan's format is {data['attnfx']!r}; this version reads {VERSION}")
     if data["family"] not in ("flash", "portable") or not isinstance(data["exact_rows"], bool):
-        raise FormatError(f'family is {data["family"]!r} and exact_rows {data["exact_rows"]!r}; known: "flash" or "portable", and a bool')
-    reader = Reader(data["nodes"], len(data["site"]["side"]) if isinstance(data["site"], dict) and "side" in data["site"] else 0)
+        raise FormatError(
+            f"family and exact_rows are {data['family']!r}, {data['exact_rows']!r}; known: flash, portable, and a bool"
+        )
+    sides = data["site"].get("side") if isinstance(data["site"], dict) else None
+    reader = Reader(data["nodes"], len(sides) if isinstance(sides, list) else 0)
     site = site_from_data(data["site"], reader)
     side, symbols = len(site.side), tuple(read_symbol(s) for s in _items(data["symbols"], "symbols"))
     tables = tuple(_read_table(t, reader, side) for t in _items(data["tables"], "tables"))
@@ -272,6 +279,7 @@ def _read_table(data: Json, reader: Reader, side: int) -> Table:
 def _read_gradient(data: Json, side: int) -> BiasGradient:
     fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes"))
     axes = _items(data["axes"], "axes")
-    if data["kind"] not in ("tile", "column", "row", "diagonal") or any(a not in ("", "b", "h", "i", "j", "i-j") for a in axes):
-        raise FormatError(f"a gradient is {data['kind']!r} of the axes {axes}; known: tile, column, row, diagonal of b, h, i, j, i-j")
-    return BiasGradient(_slot(data["slot"], side), data["kind"], _flag(data, "batch_broadcast"), _flag(data, "head_broadcast"), tuple(axes))
+    kind, slot, known = data["kind"], _slot(data["slot"], side), ("", "b", "h", "i", "j", "i-j")
+    if kind not in ("tile", "column", "row", "diagonal") or any(a not in known for a in axes):
+        raise FormatError(f"a gradient is {kind!r} of {axes}; known: tile, column, row, diagonal of b, h, i, j, i-j")
+    return BiasGradient(slot, kind, _flag(data, "batch_broadcast"), _flag(data, "head_broadcast"), tuple(axes))

@@ -1,4 +1,4 @@
-"""Parts of a score program that become side tensors of their own: relative tables, and indices that are clamped to stay in range."""
+"""What a plan changes in a score program: parts of it become relative tables, and indices are clamped to stay in range."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class Table:
     per_head: bool
 
     def build(self, query: Tensor, keys: int, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> Tensor:
-        """The table for ``query`` (B,H,M,D), differentiable in ``loads``; float32, or float64 for a float64 query. O(H * (M + N)) memory."""
+        """The table for ``query`` (B,H,M,D), differentiable in ``loads``; float32, or float64 for a float64 query.
+
+        O(H * (M + N)) memory.
+        """
         device, heads, queries, wide_query = query.device, query.shape[1], query.shape[2], query.dtype == torch.float64
         delta = torch.arange(1 - keys, queries, device=device)
         rows = torch.arange(heads, device=device)[:, None] if self.per_head else torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -80,9 +83,11 @@ def _relative(e: Expr) -> bool:
 
 
 def _worthwhile(e: Expr, site: AttentionSite) -> bool:
-    loads = [n for n in expr.walk(e) if isinstance(n, Load)]
-    if any(site.side[n.slot].requires_grad or any(expr.depends_on(x, "i", "j") for x in n.indices) for n in loads):  # type: ignore[index]
-        return True
+    for n in expr.walk(e):
+        if isinstance(n, Load):
+            assert isinstance(n.slot, int)
+            if site.side[n.slot].requires_grad or any(expr.depends_on(x, "i", "j") for x in n.indices):
+                return True
     return sum(isinstance(n, Call) and n.op != "cast" for n in expr.walk(e)) > CHEAP
 
 
@@ -97,9 +102,10 @@ def clamped(e: Expr, site: AttentionSite) -> Expr:
         if node not in memo:
             assert isinstance(node.slot, int)
             shape, indices = site.side[node.slot].shape, [expr.rebuild(x, leaf) for x in children(node)]
-            memo[node] = Load(
-                node.slot, tuple(_within(x, n, node.slot, axis, ranges) for axis, (x, n) in enumerate(zip(indices, shape, strict=True))), node.dtype
-            )
+            bounded = [
+                _within(x, n, size_symbol(node.slot, d), ranges) for d, (x, n) in enumerate(zip(indices, shape, strict=True))
+            ]
+            memo[node] = Load(node.slot, tuple(bounded), node.dtype)
         return memo[node]
 
     return expr.rebuild(e, leaf)
@@ -113,8 +119,8 @@ def index_ranges(site: AttentionSite) -> Ranges:
     return Ranges(low, {**{INDEX[name]: end - 1 for name, end in ends.items()}, **known.high})
 
 
-def _within(index: Expr, size: sympy.Expr, slot: int, axis: int, ranges: Ranges) -> Expr:
+def _within(index: Expr, size: sympy.Expr, symbol: sympy.Symbol, ranges: Ranges) -> Expr:
     if isinstance(index, Int) and ranges.nonnegative(index.value) and ranges.nonnegative(size - 1 - index.value):
         return index
-    last = Int(size - 1 if size.is_Integer else size_symbol(slot, axis) - 1)
+    last = Int(size - 1 if size.is_Integer else symbol - 1)
     return Call("max", (Call("min", (index, last), torch.int64), expr.integer(0)), torch.int64)

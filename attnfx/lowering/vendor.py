@@ -33,7 +33,11 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
     if site.keep != TRUE and facts.causal_offset != 0:
         found.append("the mask is neither full nor exactly j <= i.")
     elif site.keep != TRUE and sympy.expand(site.queries - site.keys) != 0:
-        found.append(f"the mask is causal over {site.queries} queries and {site.keys} keys; torch's causal flag is taken for equal lengths.")
+        found.append(
+            f"the mask is causal over {site.queries} queries and {site.keys} keys; torch's causal flag takes equal lengths."
+        )
+    elif site.device == "cpu" and site.dropout:
+        found.append(f"torch's kernel for CPUs has no dropout, and this one drops {site.dropout:g}.")
     elif site.keep != TRUE and site.fill > -1e30:
         found.append(f"the fill is {site.fill}, which real scores may reach; torch's attention drops masked keys.")
     if site.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -49,9 +53,7 @@ def is_causal(site: AttentionSite) -> bool:
 def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV); causal is j <= i. Differentiable."""
     if _cudnn(query, key, value):
-        groups = query.shape[1] // key.shape[1]
-        if groups != 1:  # cuDNN's entry point wants as many key heads as query heads
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        # Fewer key heads than query heads are cuDNN's own business: nothing is repeated, and their gradients come back as they are.
         wants_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         found: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, wants_lse, dropout, causal, False, scale=scale
@@ -66,7 +68,8 @@ def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.device.type != "cuda" or torch.version.hip is not None or query.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if not torch.backends.cuda.cudnn_sdp_enabled() or torch.cuda.get_device_capability(query.device)[0] not in CUDNN_MAJORS:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    if not enabled or torch.cuda.get_device_capability(query.device)[0] not in CUDNN_MAJORS:
         return False
     if any(t.stride(3) != 1 for t in (query, key, value)):
         return False

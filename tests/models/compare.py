@@ -102,9 +102,7 @@ def assert_as_good(ours: Tensors, eager: Tensors, exact: Tensors, what: str, eps
         mine, theirs = (_distance(value[name], truth) / max(scale, 1e-300) for value in (ours, eager))
         if not mine <= FACTOR * theirs + floor:
             failures.append(f"{name}: error {mine:.3e}, eager's {theirs:.3e} ({mine / max(theirs, 1e-300):.2f} times)")
-    assert not failures, "\n  ".join(
-        [f"{what}: {len(failures)} of {len(exact)} tensors too far from float64", *failures]
-    )
+    assert not failures, "\n  ".join([f"{what}: {len(failures)} of {len(exact)} tensors too far from float64", *failures])
 
 
 def _distance(value: Tensor, truth: Tensor) -> float:

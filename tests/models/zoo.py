@@ -40,6 +40,8 @@ class ModelCase:
 
     `sites` is the number of attentions in one forward, `mask` the argument that takes a padding mask (None: there is
     none) and `mask_of` the input it masks, `lengths` whether the sequence length may vary.
+    `layer_by_layer`: in training the model branches on a random number (layerdrop), so that Dynamo, with any backend,
+    compiles each layer alone, equal layers once, and knows only the path below the layer.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ModelCase:
     mask: str | None = "attention_mask"
     mask_of: str = "input_ids"
     lengths: bool = True
+    layer_by_layer: bool = False
 
     @property
     def supports_mask(self) -> bool:
@@ -190,9 +193,7 @@ def _gpt2(attention: str) -> nn.Module:
 
 
 def _bloom() -> nn.Module:
-    config = BloomConfig(
-        hidden_size=30, n_layer=2, n_head=3, vocab_size=VOCABULARY, hidden_dropout=0.0, attention_dropout=0.0
-    )
+    config = BloomConfig(hidden_size=30, n_layer=2, n_head=3, vocab_size=VOCABULARY, hidden_dropout=0.0, attention_dropout=0.0)
     return BloomForCausalLM(config)
 
 
@@ -298,12 +299,14 @@ ZOO: dict[str, ModelCase] = {
         ModelCase("gpt2-sdpa", lambda: _gpt2("sdpa"), _tokens, sites=2),
         ModelCase("gpt2-eager", lambda: _gpt2("eager"), _tokens, sites=2),
         ModelCase("bloom", _bloom, _tokens, sites=2),
-        ModelCase("opt", _opt, _tokens, sites=2),
+        ModelCase("opt", _opt, _tokens, sites=2, layer_by_layer=True),
         ModelCase("bert", _bert, _plain_tokens, sites=2),
         ModelCase("t5", lambda: T5ForConditionalGeneration(_t5_config()), _pair_of_tokens, sites=6),
         ModelCase("t5-encoder-eager", _t5_encoder, _plain_tokens, sites=2),
         ModelCase("vit", _vit, _pixels, sites=2, mask=None, lengths=False),
-        ModelCase("whisper", _whisper, _sound, sites=6, mask="decoder_attention_mask", mask_of="decoder_input_ids"),
+        ModelCase(
+            "whisper", _whisper, _sound, sites=6, mask="decoder_attention_mask", mask_of="decoder_input_ids", layer_by_layer=True
+        ),
         ModelCase("torch-encoder", _encoder, _vectors, sites=2, mask="src_key_padding_mask", mask_of="src"),
     )
 }

@@ -1,7 +1,7 @@
 """Blocks of rows through torch's CPU flash kernel, where the plan is scale * dot + bias under a mask: several times faster.
 
-The kernel has SDPA's meaning: it drops masked keys and gives rows without keys 0. A block that holds a row for which the model means
-something else is left to the textbook's blocks.
+The kernel has SDPA's meaning: it drops masked keys and gives rows without keys 0. A block that holds a row for which the model
+means something else is left to the textbook's blocks.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Fused:
         step = p.rows
         if not self.whole:
             parts = [e for e in (self.form.bias, p.plan.site.keep) if e is not None]
-            copies = (p.batch if any(expr.depends_on(e, "b") for e in parts) else 1) * (p.heads if any(expr.depends_on(e, "h") for e in parts) else 1)
+            copies = math.prod(n for n, name in ((p.batch, "b"), (p.heads, "h")) if any(expr.depends_on(e, name) for e in parts))
             step = max(1, min(ROWS, ELEMENTS // (copies * p.keys)))
         for first in range(0, p.rows, step):
             yield range(first, min(first + step, p.rows))
@@ -106,11 +106,19 @@ class Fused:
         q, k, v = self.tensors
         rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
         found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, self.whole and self.problem.plan.masked, attn_mask=mask, scale=self.form.scale
+            q[:, :, rows],
+            k[:, :, keys],
+            v[:, :, keys],
+            0.0,
+            self.whole and self.problem.plan.masked,
+            attn_mask=mask,
+            scale=self.form.scale,
         )
         return found
 
-    def backward(self, block: Block, mask: Tensor | None, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, block: Block, mask: Tensor | None, grad_out: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dq (B,H,R,D), and this block's parts of dk and dv (B,HK,C,D)."""
         q, k, v = self.tensors
         rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)

@@ -30,14 +30,15 @@ def backward(
     """dq, dk, dv in the dtypes of q, k, v, then the gradient of each of ``plan.gradients`` in its side tensor's dtype and shape."""
     problem = Problem(plan, q, k, v, loads, tuple(sizes), seed)
     # dk and dv are sums over blocks of rows: in the working dtype until the end
-    sums = torch.empty_like(q), *(t.new_zeros(t.shape, dtype=problem.dtype) for t in (k, v))
+    wide_k, wide_v = (t.new_zeros(t.shape, dtype=problem.dtype) for t in (k, v))
+    sums = (torch.zeros_like(q, memory_format=torch.contiguous_format), wide_k, wide_v)
     biases = [_new_sum(g, problem) for g in plan.gradients]
     fused = None if problem.empty or grad_lse is not None or any(g.kind != "row" for g in plan.gradients) else Fused.of(problem)
     for rows in fused.rows() if fused is not None else (range(problem.rows),) if not problem.empty else ():
         if fused is None or not _fused(fused, rows, result, grad_out, sums):
             for block in problem.blocks(rows):
                 _block(problem, block, result, grad_out, grad_lse, sums, biases)
-    grads = [problem.q.new_zeros(q.shape) if problem.empty else sums[0], sums[1].to(k.dtype), sums[2].to(v.dtype)]
+    grads = [sums[0], sums[1].to(k.dtype), sums[2].to(v.dtype)]
     for gradient, total in zip(plan.gradients, biases, strict=True):
         if gradient.kind == "row" and grad_lse is not None:
             # softmax does not see a term that all keys share; the log of its sum does
@@ -143,4 +144,4 @@ def diagonal_sums(t: Tensor) -> Tensor:
     """
     r, c = t.shape[-2:]
     padded = torch.nn.functional.pad(t.flip(-1), (0, r))
-    return padded.flatten(-2)[..., : r * (c + r - 1)].unflatten(-1, (r, c + r - 1)).sum(-2)
+    return padded.flatten(-2)[..., : r * (c + r - 1)].reshape(*t.shape[:-2], r, c + r - 1).sum(-2)

@@ -33,7 +33,6 @@ class Block:
     keys: range
     full: bool
 
-
     @property
     def place(self) -> tuple[slice, slice, slice]:
         """Where its rows are in a (B,H,M,...) tensor."""
@@ -221,4 +220,3 @@ class Problem:
         window = window[:, first : first + len(block.rows) + len(block.keys) - 1]
         # row r of `unfold` holds i - j ascending, which is j descending
         return window.unfold(-1, len(block.keys), 1).flip(-1)[None] if len(block.keys) else window[None, :, None, :0]
-

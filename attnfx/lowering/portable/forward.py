@@ -37,7 +37,9 @@ class Weights:
     literal: bool
 
 
-def forward(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None) -> Result:
+def forward(
+    plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None
+) -> Result:
     """q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV), any strides; ``loads`` are the caller's side tensors and then the plan's tables."""
     problem = Problem(plan, q, k, v, loads, tuple(sizes), seed)
     result = new_result(plan, q, k, v)

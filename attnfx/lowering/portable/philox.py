@@ -12,7 +12,10 @@ ROUNDS = 10
 
 
 def dropout_scale(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, heads: int, probability: float) -> Tensor:
-    """1 / (1 - p) where an element survives, else 0, float32, on the broadcast grid of index tensors; one counter (j, i, b * H + h) each."""
+    """1 / (1 - p) where an element survives, else 0, float32, on the broadcast grid of index tensors.
+
+    One counter (j, i, b * H + h) an element.
+    """
     uniform = _uniform(_philox(seed, j, i, b * heads + h))
     kept = 1.0 / (1.0 - probability) if probability < 1.0 else 0.0
     # both sides in float32, as in the kernel

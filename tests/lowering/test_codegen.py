@@ -1,0 +1,114 @@
+"""The generated source is what was reviewed; with ATTNFX_REFRESH_GOLDEN=1 these tests write it anew, to be read again."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from lowering_sites import (
+    HEADS,
+    KEYS,
+    SCALED,
+    B,
+    H,
+    I,
+    J,
+    alibi,
+    causal,
+    examples,
+    load,
+    side,
+    site,
+    softcap,
+    t5,
+    window,
+)  # fmt: skip
+
+from attnfx import expr
+from attnfx.expr import Int
+from attnfx.integers import FloorDiv, PythonMod
+from attnfx.lowering import codegen
+from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.site import AttentionSite
+
+GOLDEN = Path(__file__).parent / "golden"
+S0, S1 = sympy.symbols("s0 s1", integer=True, positive=True)
+REVIEWED = {
+    "causal": site(keep=causal(S1 - S0), queries=S0, keys=S1),
+    "window": site(keep=window(7)),
+    "padding": site(keep=expr.logical_and(causal(), load(0, B, J, dtype=torch.bool)), side=(side(2, KEYS, dtype=torch.bool),)),
+    "alibi": site(alibi(), causal(), side=(side(HEADS),)),
+    "softcap": site(softcap(), causal()),
+    "t5": site(t5(), side=(side(32, HEADS, grad=True),)),
+    "bias": site(
+        SCALED + expr.cast(load(0, H, I, J, dtype=torch.bfloat16), torch.float32),
+        side=(side(HEADS, 37, KEYS, dtype=torch.bfloat16),),
+    ),
+}
+
+
+def source(s: AttentionSite) -> str:
+    plan = make_plan(s, "flash")
+    assert isinstance(plan, KernelPlan), plan
+    return codegen.source(plan)
+
+
+@pytest.mark.parametrize("name", REVIEWED)
+def test_source_is_what_was_reviewed(name: str) -> None:
+    path, text = GOLDEN / f"{name}.py", source(REVIEWED[name])
+    if os.environ.get("ATTNFX_REFRESH_GOLDEN") == "1":
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", list(examples()), ids=lambda e: e.name)
+def test_every_source_is_python(example: object) -> None:
+    compile(source(example.site), "generated", "exec")  # type: ignore[attr-defined]
+
+
+def test_sizes_do_not_reach_the_source() -> None:
+    assert source(site(keep=causal())) == source(site(keep=causal(), queries=100, keys=100, batch=7))
+
+
+def test_division_that_may_be_negative_is_floored() -> None:
+    blocks = expr.eq(Int(FloorDiv(I.value - J.value, 4)), Int(PythonMod(J.value - I.value, 3)))
+    text = source(site(keep=blocks))
+    assert "floor_divide(i - j, 4)" in text
+    assert "floor_modulo(" in text
+
+
+def test_division_that_is_not_negative_is_plain() -> None:
+    blocks = expr.eq(Int(FloorDiv(I.value, 4)), Int(FloorDiv(J.value, 4)))
+    assert "(i // 4) == (j // 4)" in source(site(keep=blocks))
+
+
+def test_products_of_sizes_are_wide() -> None:
+    index = Int(I.value * S1 + J.value)
+    text = source(site(SCALED + load(0, index), queries=S0, keys=S1, side=(side(S0 * S1),)))
+    assert re.search(r"tl\.cast\(i, tl\.int64\) \* tl\.cast\(ints\[\d\], tl\.int64\)", text)
+
+
+def test_a_mask_in_the_bias_keeps_its_finfo_min() -> None:
+    assert "to_base_2(" in source(site(SCALED + load(0, B, I, J), side=(side(2, 37, KEYS),)))
+    assert "to_base_2(" not in source(site(alibi(), side=(side(HEADS),)))
+
+
+def test_what_cannot_be_printed_is_refused() -> None:
+    score = SCALED + expr.call("pow", load(0, J), load(0, J))
+    found = make_plan(site(score, side=(side(KEYS),)), "flash")
+    assert isinstance(found, tuple)
+    assert "exponent" in found[0]
+
+
+def test_modules_are_written_once_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("ATTNFX_CACHE_DIR", str(tmp_path))
+    plan = make_plan(site(keep=causal(-3), score=0.625 * expr.Score()), "flash")
+    assert isinstance(plan, KernelPlan)
+    codegen.program_of.cache_clear()
+    first = codegen.program(plan)
+    (file,) = tmp_path.glob("*.py")
+    assert file.read_text(encoding="utf-8") == codegen.source(plan)
+    assert codegen.program(plan) is first
