@@ -16,9 +16,7 @@ from attnfx.options import Options
 from attnfx.report import Report
 
 
-def compile(
-    model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
-) -> Any:
+def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
     """``torch.compile(model, backend="attnfx")`` with the options as named arguments (see :class:`attnfx.options.Options`).
 
     Raises UnknownOption or PolicyError at once, not at the first call.
@@ -42,7 +40,8 @@ def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = N
         return gm.forward
 
     with _fresh():
-        torch.compile(model, backend=look, dynamic=dynamic)(*args, **kwargs)
+        seen: Any = torch.compile(model, backend=look, dynamic=dynamic)
+        seen(*args, **kwargs)
     return Report.merge(reports)
 
 

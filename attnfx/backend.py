@@ -37,7 +37,8 @@ def attnfx(
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="attnfx", options={...})``: rewrite every attention of ``gm``, then compile the rest.
 
-    Raises UnknownOption, PolicyError and Objection for what the caller asked; anything that goes wrong inside leaves the graph as it was
+    Raises UnknownOption, PolicyError and Objection for what the caller asked; anything that goes wrong inside leaves the
+    graph as it was
     and warns once, or raises with ``options={"strict": True}``.
     """
     parsed = Options.parse(mode, options)
@@ -57,9 +58,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repor
         if options.strict:
             raise
         warnings.warn(f"attnfx left a graph as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
-        return gm, Report(
-            sites=(), missed=(Missed("", f"internal error: {error}", ""),), before=readable(gm), after=readable(gm)
-        )
+        return gm, Report(sites=(), missed=(Missed("", f"internal error: {error}", ""),), before=readable(gm), after=readable(gm))
 
 
 def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
@@ -69,16 +68,17 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repo
         mirror = capture(work)
     matches, missed = patterns.recognise(mirror)
     if mirror.reason and matches:
-        refused = [
-            Missed(origin_of(mirror, m.candidate.output).module, mirror.reason, m.candidate.output.name)
-            for m in matches
-        ]
-        return gm, Report(sites=(), missed=refused, before=readable(gm), after=readable(gm))
+        refused = [Missed(origin_of(mirror, m.candidate.output).module, mirror.reason, m.candidate.output.name) for m in matches]
+        return gm, Report(sites=(), missed=tuple(refused), before=readable(gm), after=readable(gm))
     splicer = Splicer(work, mirror)
-    sites, lost = [], []
+    sites: list[SiteReport] = []
+    lost: list[Missed] = []
     for match in matches:
         entry = _serve(splicer, mirror, match, options)
-        (sites if isinstance(entry, SiteReport) else lost).append(entry)  # type: ignore[arg-type]
+        if isinstance(entry, SiteReport):
+            sites.append(entry)
+        else:
+            lost.append(entry)
     splicer.prune()
     work.graph.lint()
     work.recompile()
@@ -108,9 +108,7 @@ def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> 
     except Exception as error:
         if options.strict:
             raise
-        warnings.warn(
-            f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2
-        )
+        warnings.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
         return Missed(origin.module, f"internal error: {error}", match.candidate.output.name, origin.source)
     return SiteReport(
         name=origin.node, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,

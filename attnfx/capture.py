@@ -35,7 +35,8 @@ class Mirror:
 
     ``origin`` maps each mirror node to the Dynamo node that made it, ``value`` each Dynamo node to the mirror node that holds its
     result (tensor results only), ``mutations`` lists (mirror position, storage) of in-place writes, ``storage`` the storage of
-    each node. ``blind`` tells, for each Dynamo node that could not be traced, why. ``results`` holds the mirror nodes of Dynamo nodes
+    each node. ``blind`` tells, for each Dynamo node that could not be traced, why. ``results`` holds the mirror nodes of
+    Dynamo nodes
     that return several tensors.
     """
 
@@ -56,14 +57,31 @@ class Mirror:
         self._holders: dict[fx.Node, list[fx.Node]] = {}
         for dynamo, node in self.value.items():
             self._holders.setdefault(node, []).append(dynamo)
+        self._differentiable: set[fx.Node] = set()
+        self._severed: set[fx.Node] = set()
+        self._follow_autograd()
 
     def requires_grad(self, node: fx.Node) -> bool:
         """Whether autograd follows ``node`` in the user's graph (the mirror itself is traced without autograd metadata)."""
-        dynamo = self.dynamo_of.get(node)
-        example = _example(dynamo) if dynamo is not None else None
-        if isinstance(example, torch.Tensor):
-            return example.requires_grad
-        return any(self.requires_grad(n) for n in node.all_input_nodes)
+        return node in self._differentiable
+
+    def severed(self, node: fx.Node) -> bool:
+        """Whether the gradient of ``node`` is not that of its formula: a detach, or something done under ``no_grad``."""
+        return node in self._severed
+
+    def _follow_autograd(self) -> None:
+        followed = True
+        for node in self.graph.nodes:
+            if node.target is torch._C._set_grad_enabled:
+                followed = bool(node.args[0])
+            reached = any(n in self._differentiable for n in node.all_input_nodes)
+            dynamo = self.dynamo_of.get(node)
+            example = _example(dynamo) if dynamo is not None else None
+            wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
+            if wanted:
+                self._differentiable.add(node)
+            if reached and (not wanted or (not followed and any(True for _ in _written(node)))):
+                self._severed.add(node)
 
     def leaves_graph(self, node: fx.Node) -> bool:
         """Whether the user's graph returns the value of ``node``."""
@@ -94,9 +112,7 @@ def capture(gm: fx.GraphModule) -> Mirror:
     world = _World(gm)
     tracer = _Tracer(gm, world)
     with torch._guards.tracing(None), _undisturbed():
-        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
-            *world.inputs
-        )
+        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
     origin = {nodes[name]: d for name, d in tracer.origin.items() if name in nodes}
@@ -107,17 +123,21 @@ def capture(gm: fx.GraphModule) -> Mirror:
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     storage = {n: _storage(n.meta["val"]) for n in graph.nodes if is_tensor(n)}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
-    return Mirror(
-        graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved()
-    )
+    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
 
 
 #: In-place by name only: no element changes.
 _HARMLESS = (torch.ops.aten.detach_.default, torch.ops.aten.requires_grad_.default)
 
 
+def _differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    floating = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+    return floating and node.target is not torch.ops.aten.detach.default
+
+
 def _storage(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata
+    return int(t.untyped_storage()._cdata)
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
@@ -235,6 +255,9 @@ def _example(node: fx.Node) -> Any:
 _ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg", "pow"))
 
 
+_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+
+
 class _Tracer(fx.Interpreter):
     """Runs the Dynamo graph node by node under the proxy mode, noting who made what."""
 
@@ -259,6 +282,9 @@ class _Tracer(fx.Interpreter):
         graph = mode.tracer.graph
         last = next(iter(reversed(graph.nodes)), None)
         result = self.value_of(n)
+        if isinstance(result, torch.Tensor) and n.op != "get_attr" and _proxy_of(result, mode) is None:
+            self.blind[n] = "a tensor that tracing lost sight of"
+            result = self.stand_in(n)
         made = []
         for node in reversed(graph.nodes):
             if node is last:
@@ -274,13 +300,24 @@ class _Tracer(fx.Interpreter):
 
     def value_of(self, n: fx.Node) -> Any:
         why = self.not_traceable(n)
+        if n.target in _AUTOCAST:
+            return self.autocast(n)
         if why is None:
             try:
-                return super().run_node(n)
+                result = super().run_node(n)
+                why = _difference(result, _example(n))
+                if why is None:
+                    return result
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.blind[n] = why
         return self.stand_in(n)
+
+    def autocast(self, n: fx.Node) -> Any:
+        """Enter or leave an autocast region for real: tracing alone would only write it down."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with torch._C.DisableTorchFunction():
+            return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def not_traceable(self, n: fx.Node) -> str | None:
         if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
@@ -294,13 +331,20 @@ class _Tracer(fx.Interpreter):
         mode = get_proxy_mode()
         assert mode is not None
         result = pytree.tree_map(self.world.convert, _example(n))
-        if not any(
-            isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)
-        ):
+        if not any(isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)):
             return result
         proxy = mode.tracer.create_proxy("call_function", opaque, (), {}, name=f"opaque_{n.name}")
         track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
         return result
+
+
+def _difference(result: Any, example: Any) -> str | None:
+    """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
+    if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
+        return None
+    if (result.dtype, result.device.type, result.dim()) == (example.dtype, example.device.type, example.dim()):
+        return None
+    return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"
 
 
 def _name_of(value: Any, mode: Any) -> str | None:

@@ -1,4 +1,5 @@
-"""Composite operations that hold an attention inside one Dynamo node: taken apart first, so that the attention is a value of the graph."""
+"""Composite operations that hold an attention inside one Dynamo node: taken apart first, so that the attention is a
+value of the graph."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _SIMPLE = ("softmax", "scaled_dot_product_attention")
 
 
 def expand_composites(gm: fx.GraphModule, mirror: Mirror) -> bool:
-    """Take apart, in place, every Dynamo node with an attention inside; whether anything changed (the mirror is then out of date)."""
+    """Take apart, in place, every Dynamo node with an attention inside; whether anything changed (the mirror is then out
+    of date)."""
     changed = False
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target in _LAYERS:
@@ -64,7 +66,7 @@ def _inline(gm: fx.GraphModule, mirror: Mirror, dynamo: fx.Node, made: list[fx.N
         return False
     for user in list(dynamo.users):
         if user.target is operator.getitem and isinstance(results, tuple):
-            picked = results[user.args[1]]
+            picked = results[int(str(user.args[1]))]
             user.replace_all_uses_with(value(picked) if isinstance(picked, fx.Node) else picked)
             gm.graph.erase_node(user)
     if isinstance(results, fx.Node):
@@ -89,20 +91,20 @@ def _replace_by_function(gm: fx.GraphModule, node: fx.Node, function: Callable[.
 
 def encoder_layer(
     src: Tensor, embed_dim: int, num_heads: int, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
-    use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor, norm_weight_2: Tensor, norm_bias_2: Tensor,
-    ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor, ffn_bias_2: Tensor, mask: Tensor | None = None, mask_type: int | None = None,
+    use_gelu: bool, norm_first: bool, eps: float, norm_weight_1: Tensor, norm_bias_1: Tensor, norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor, ffn_bias_1: Tensor, ffn_weight_2: Tensor, ffn_bias_2: Tensor, mask: Tensor | None = None,
+    mask_type: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """What ``torch._transformer_encoder_layer_fwd`` computes, src (B, S, E): the fast path of nn.TransformerEncoderLayer in evaluation."""
+    """What ``torch._transformer_encoder_layer_fwd`` computes, src (B, S, E): the fast path of nn.TransformerEncoderLayer
+    in evaluation."""
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
-    def attend(x: Any) -> Any:
-        heads = (
-            F.linear(x, qkv_weight, qkv_bias)
-            .unflatten(-1, (3, num_heads, embed_dim // num_heads))
-            .permute(2, 0, 3, 1, 4)
-        )
+    def attend(x: Tensor) -> Tensor:
+        heads: Any = F.linear(x, qkv_weight, qkv_bias)
+        heads = heads.unflatten(-1, (3, num_heads, embed_dim // num_heads)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=_keep(mask, mask_type))
         return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 

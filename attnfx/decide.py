@@ -61,9 +61,7 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant) -> Decision:
 def _exact(site: AttentionSite) -> Decision:
     objections = vendor.objections(site)
     if not objections:
-        return Decision(
-            "vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site
-        )
+        return Decision("vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site)
     plan = make_plan(site, family(site))
     if isinstance(plan, KernelPlan):
         return Decision(plan.family, plan, _why(site, objections), site)

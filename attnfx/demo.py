@@ -91,9 +91,7 @@ def _worker(command: list[str], environment: dict[str, str]) -> Iterator[tuple[I
 
 
 def _comparison(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(
-        "", "first call, s", "time, ms", "speed", "peak memory, MB", "largest error", box=None, padding=(0, 2)
-    )
+    table = Table("", "first call, s", "time, ms", "speed", "peak memory, MB", "largest error", box=None, padding=(0, 2))
     for column in table.columns[1:]:
         column.justify = "right"
     default = results["inductor"]["milliseconds"]

@@ -64,9 +64,7 @@ def kernels_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `checked`, those that fail in red."""
     table = Table(*(column.replace("_", " ") for column in COLUMNS), box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        cells = [
-            "yes" if row[column] is True else "no" if row[column] is False else str(row[column]) for column in COLUMNS
-        ]
+        cells = ["yes" if row[column] is True else "no" if row[column] is False else str(row[column]) for column in COLUMNS]
         table.add_row(*cells, style=None if row["ok"] else "red")
     return table
 
@@ -79,9 +77,7 @@ def _version(name: str) -> str:
 
 
 def _compiler() -> str:
-    found = next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
+    found = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
     return found or "none found; torch.compile on a CPU needs one (g++ or clang++)"
 
 

@@ -30,9 +30,7 @@ class Objection(AttnfxError):
         super().__init__(module, variant, self.reasons)
 
     def __str__(self) -> str:
-        return f"{self.variant} cannot serve {self.module or 'the attention at the top of the model'}: " + " ".join(
-            self.reasons
-        )
+        return f"{self.variant} cannot serve {self.module or 'the attention at the top of the model'}: " + " ".join(self.reasons)
 
 
 class AttnfxWarning(UserWarning):

@@ -1,4 +1,5 @@
-"""Evaluation of index expressions with torch: every element of a (broadcast) grid of indices at once, differentiable in what it loads."""
+"""Evaluation of index expressions with torch: every element of a (broadcast) grid of indices at once, differentiable in
+what it loads."""
 
 from __future__ import annotations
 
@@ -36,11 +37,13 @@ def evaluate(
     score: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     known: Mapping[Expr, torch.Tensor] | None = None,
+    clamp: bool = False,
 ) -> torch.Tensor:
     """The value of ``e`` on ``grid`` (index name -> integer tensor, broadcastable against one another).
 
     ``score`` is the value of :class:`Score`. ``dtype`` replaces every floating dtype of the formula (an oracle in float64);
     None computes each operation in its own dtype, as the model does. ``known`` holds values found some faster way.
+    ``clamp`` moves indices into range, as a formula needs whose loads are only meant in one branch of a choice.
     """
     device = next(iter(grid.values())).device
     memo: dict[Expr, torch.Tensor] = dict(known or {})
@@ -57,7 +60,7 @@ def evaluate(
 
     def compute(node: Expr) -> torch.Tensor:
         if dtype is not None and _discrete(node):
-            return evaluate(node, grid, loads, sizes)
+            return evaluate(node, grid, loads, sizes, clamp=clamp)
         if isinstance(node, Score):
             assert score is not None, "the expression has a score, and none was given"
             return score
@@ -68,7 +71,10 @@ def evaluate(
         if isinstance(node, Load):
             assert isinstance(node.slot, int)
             source = loads[node.slot]
-            found = source[tuple(visit(x) for x in node.indices)] if node.indices else source
+            at = [visit(x) for x in node.indices]
+            if clamp:
+                at = [x.clamp(0, n - 1) for x, n in zip(at, source.shape, strict=True)]
+            found = source[tuple(at)] if at else source
             return found.to(real(source.dtype))
         assert isinstance(node, Call)
         args = [visit(a) for a in node.args]
@@ -153,13 +159,9 @@ def attention(
     grid = grid_of(q.shape[0], heads, range(q.shape[2]), range(k.shape[2]), q.device)
     values = dict(zip(site.symbols, sizes, strict=True))
     dots = q @ k.transpose(-1, -2)
-    z = evaluate(site.score, grid, loads, values, score=dots, dtype=q.dtype).expand(dots.shape)
-    keep = evaluate(site.keep, grid, loads, values).expand(dots.shape)
-    z = (
-        z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill))
-        if site.additive
-        else z.masked_fill(~keep, site.fill)
-    )
+    z = evaluate(site.score, grid, loads, values, score=dots, dtype=q.dtype, clamp=True).expand(dots.shape)
+    keep = evaluate(site.keep, grid, loads, values, clamp=True).expand(dots.shape)
+    z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)) if site.additive else z.masked_fill(~keep, site.fill)
     weights = z.softmax(-1)
     if site.empty_rows == "zero":
         weights = weights.masked_fill((z == float("-inf")).all(-1, keepdim=True), 0.0)

@@ -1,6 +1,7 @@
 """Index expressions: the value of one element of a tensor as a formula over index symbols.
 
-A mask, a bias or a whole score program is an :class:`Expr` in the batch index ``b``, the head ``h``, the query ``i`` and the key ``j``:
+A mask, a bias or a whole score program is an :class:`Expr` in the batch index ``b``, the head ``h``, the query ``i`` and
+the key ``j``:
 
 * :class:`Int` is exact integer algebra (sympy polynomials with floor-division and modulo): positions, sizes, strides;
 * :class:`Const` is a float or bool constant;
@@ -279,7 +280,7 @@ def eq(a: Expr, b: Expr) -> Expr:
             return TRUE
         if difference.is_nonzero:
             return FALSE
-    if a.dtype == torch.bool and isinstance(b, Int | Const):
+    if a.dtype == torch.bool and (isinstance(b, Const) or (isinstance(b, Int) and b.value.is_Integer)):
         return a if is_number(b, 1) else logical_not(a) if is_number(b, 0) else FALSE
     return Call("eq", (a, b), torch.bool)
 
@@ -326,11 +327,13 @@ def _remake(node: Expr, args: tuple[Expr, ...]) -> Expr:
         return node
     if node.op in ("and", "or") and node.dtype == torch.bool:
         return (logical_and if node.op == "and" else logical_or)(*args)
-    if node.op in ("le", "lt", "eq", "ne", "not"):
-        return {"le": le, "lt": lt, "eq": eq, "ne": ne, "not": logical_not}[node.op](*args)
+    plain: dict[str, Callable[..., Expr]] = {"le": le, "lt": lt, "eq": eq, "ne": ne, "not": logical_not}
+    if node.op in plain:
+        return plain[node.op](*args)
     if node.op == "cast":
         return cast(args[0], node.dtype)
     makers: dict[str, Callable[..., Expr]] = {
-        "add": add, "sub": sub, "mul": mul, "div": div, "floordiv": floordiv, "mod": mod, "min": minimum, "max": maximum, "where": where,
+        "add": add, "sub": sub, "mul": mul, "div": div, "floordiv": floordiv, "mod": mod, "min": minimum,
+        "max": maximum, "where": where,
     }  # fmt: skip
     return makers[node.op](*args, dtype=node.dtype) if node.op in makers else Call(node.op, args, node.dtype)

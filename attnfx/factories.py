@@ -54,9 +54,7 @@ def _called(spec: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise AttnfxError(
-                f'There is no module "{error.name}" here or in this environment (from "{spec}").'
-            ) from None
+            raise AttnfxError(f'There is no module "{error.name}" here or in this environment (from "{spec}").') from None
         _exit_with_own_traceback(error)
     except Exception as error:
         _exit_with_own_traceback(error)

@@ -1,13 +1,14 @@
 """Proofs about a keep predicate: which of its parts bound the keys of a query in closed form, and what is left.
 
-A predicate is a conjunction. Its terms ``j <= i + c``, ``i - j <= w``, ``j <= c``, ``c <= j`` (any affine inequality with unit slopes) are
+A predicate is a conjunction. Its terms ``j <= i + c``, ``i - j <= w``, ``j <= c``, ``c <= j`` (any affine inequality
+with unit slopes) are
 *proved* bounds: they decide whole blocks. Every other term stays a predicate that is evaluated element by element.
 A fact is stated only if it follows from the expression for all sizes in range.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -22,7 +23,8 @@ I, J = INDEX["i"], INDEX["j"]
 class Facts:
     """Bounds that a keep predicate implies, each inclusive and None where absent.
 
-    ``delta_low <= i - j <= delta_high``, ``key_low <= j <= key_high``; ``rest`` holds the terms that are not bounds, and ``nonempty``
+    ``delta_low <= i - j <= delta_high``, ``key_low <= j <= key_high``; ``rest`` holds the terms that are not bounds, and
+    ``nonempty``
     tells that every query is proved to keep at least one key.
     """
 
@@ -62,9 +64,7 @@ def conjuncts(keep: Expr) -> tuple[Expr, ...]:
 
 def prove(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges) -> Facts:
     """The facts of ``keep`` for queries ``0 <= i < length_q`` and keys ``0 <= j < length_k``."""
-    inside = Ranges(
-        {I: sympy.Integer(0), J: sympy.Integer(0), **ranges.low}, {I: length_q - 1, J: length_k - 1, **ranges.high}
-    )
+    inside = Ranges({I: sympy.Integer(0), J: sympy.Integer(0), **ranges.low}, {I: length_q - 1, J: length_k - 1, **ranges.high})
     bounds: dict[str, list[sympy.Expr]] = {"delta_low": [], "delta_high": [], "key_low": [], "key_high": []}
     rest = []
     for term in conjuncts(keep):
@@ -76,16 +76,19 @@ def prove(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges
             rest.append(term)
         elif found[1] not in bounds[found[0]]:
             bounds[found[0]].append(found[1])
-    facts = Facts(**{name: tuple(values) for name, values in bounds.items()}, rest=tuple(rest))
-    nonempty = not rest and _nonempty(facts, length_k, inside)
-    return Facts(facts.delta_low, facts.delta_high, facts.key_low, facts.key_high, facts.rest, nonempty)
+    found_bounds = {name: tuple(values) for name, values in bounds.items()}
+    facts = Facts(
+        found_bounds["delta_low"], found_bounds["delta_high"], found_bounds["key_low"], found_bounds["key_high"], tuple(rest)
+    )
+    return replace(facts, nonempty=not rest and _nonempty(facts, length_k, inside))
 
 
 def _slack(term: Expr) -> sympy.Expr | None:
     """``b - a`` of an integer inequality ``a <= b``."""
     if isinstance(term, Call) and term.op == "le" and all(isinstance(x, Int) for x in term.args):
         a, b = term.args
-        assert isinstance(a, Int) and isinstance(b, Int)
+        assert isinstance(a, Int)
+        assert isinstance(b, Int)
         return sympy.expand(b.value - a.value)
     return None
 

@@ -22,9 +22,7 @@ class Glob:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not self.text:
-            raise PolicyError(
-                f'The module glob is {self.text!r}; it must be text such as "model.layers.[0-3].*" or "*".'
-            )
+            raise PolicyError(f'The module glob is {self.text!r}; it must be text such as "model.layers.[0-3].*" or "*".')
         object.__setattr__(self, "_regex", re.compile(_translate(self.text), re.DOTALL))
 
     def matches(self, module: str) -> bool:

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnfx.errors import AttnfxError, AttnfxWarning
-from attnfx.options import Options
+from attnfx.options import Compiler, Options
 
 #: The largest relative error, as a multiple of the dtype's epsilon, that verification of an exact rewrite accepts.
 TOLERANCE = 64.0
 
 
-def compile_inner(
-    gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options
-) -> Callable[..., Any]:
+def compile_inner(gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """``gm`` compiled by the inner backend; with ``verify``, its first results are compared with ``original``'s."""
     compiled = _compile(gm, inputs, options)
     return _verified(compiled, original, options) if options.verify else compiled
 
 
 def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    if callable(options.inner):
-        return options.inner(gm, inputs)  # type: ignore[no-any-return]
     if options.inner != "inductor":
-        return torch._dynamo.lookup_backend(options.inner)(gm, inputs)  # type: ignore[no-any-return]
+        compiler: Compiler = options.inner if callable(options.inner) else torch._dynamo.lookup_backend(options.inner)
+        return cast(Callable[..., Any], compiler(gm, inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(options.mode) if options.mode != "default" else {}
-    return compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches or None))
 
 
 def _verified(compiled: Callable[..., Any], original: fx.GraphModule, options: Options) -> Callable[..., Any]:
@@ -63,7 +60,9 @@ def _compare(result: Any, expected: Any, options: Options) -> None:
         bound = TOLERANCE * torch.finfo(a.dtype).eps
         if error <= bound or options.policy.rules:
             continue
-        message = f"output {k} of the rewritten graph differs from the original's by {error:.3g} (relative L2), more than {bound:.3g}"
+        message = (
+            f"output {k} of the rewritten graph differs from the original's by {error:.3g} (relative L2), more than {bound:.3g}"
+        )
         if options.strict:
             raise AttnfxError(message)
         warnings.warn(message, AttnfxWarning, stacklevel=2)

@@ -1,4 +1,5 @@
-"""Integer algebra for positions: floor-division and modulo that simplify, and bounds of polynomials over ranges of their symbols."""
+"""Integer algebra for positions: floor-division and modulo that simplify, and bounds of polynomials over ranges of their
+symbols."""
 
 from __future__ import annotations
 
@@ -105,14 +106,11 @@ def modulo(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.
 
 
 def _split(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    whole, rest = [], []
+    whole: list[sympy.Expr] = []
+    rest: list[sympy.Expr] = []
     for term in sympy.Add.make_args(a):
         quotient = sympy.cancel(term / b)
-        integral = (
-            quotient.is_Integer
-            if b.is_Integer and term.is_Integer
-            else quotient.is_integer and quotient.is_polynomial()
-        )
+        integral = quotient.is_Integer if b.is_Integer and term.is_Integer else quotient.is_integer and quotient.is_polynomial()
         (whole if integral else rest).append(quotient if integral else term)
     return sympy.Add(*whole), sympy.Add(*rest)
 

@@ -1,10 +1,10 @@
-"""The nodes of index expressions, and walks over them. They are built by the constructors of :mod:`attnfx.expr`, which fold as they build."""
+"""The nodes of index expressions, and walks over them. They are built by the constructors of :mod:`attnfx.expr`, which
+fold as they build."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
@@ -20,10 +20,11 @@ COMPARE = ("lt", "le", "eq", "ne")
 OPERATIONS = frozenset((*UNARY, *BINARY, *COMPARE, "where", "cast"))
 
 
-def _constructors() -> Any:
+def _made(constructor: str, a: Expr | Number, b: Expr | Number) -> Expr:
     from attnfx import expr
 
-    return expr
+    made: Expr = getattr(expr, constructor)(expr.lift(a), expr.lift(b))
+    return made
 
 
 class Expr:
@@ -32,29 +33,25 @@ class Expr:
     dtype: torch.dtype
 
     def __add__(self, other: Expr | Number) -> Expr:
-        return _constructors().add(self, _constructors().lift(other))
+        return _made("add", self, other)
 
     def __radd__(self, other: Number) -> Expr:
-        return _constructors().add(_constructors().lift(other), self)
+        return _made("add", other, self)
 
     def __sub__(self, other: Expr | Number) -> Expr:
-        return _constructors().sub(self, _constructors().lift(other))
+        return _made("sub", self, other)
 
     def __rsub__(self, other: Number) -> Expr:
-        return _constructors().sub(_constructors().lift(other), self)
+        return _made("sub", other, self)
 
     def __mul__(self, other: Expr | Number) -> Expr:
-        return _constructors().mul(self, _constructors().lift(other))
+        return _made("mul", self, other)
 
     def __rmul__(self, other: Number) -> Expr:
-        return _constructors().mul(_constructors().lift(other), self)
+        return _made("mul", other, self)
 
     def __neg__(self) -> Expr:
-        return (
-            _constructors().sub(Int(sympy.Integer(0)), self)
-            if isinstance(self, Int)
-            else Call("neg", (self,), self.dtype)
-        )
+        return _made("sub", 0, self) if isinstance(self, Int) else Call("neg", (self,), self.dtype)
 
     def __str__(self) -> str:
         from attnfx.notation import formula

@@ -36,9 +36,7 @@ def formula(e: Expr, outer: int = 0) -> str:
     assert isinstance(e, Call)
     if e.op in _INFIX:
         sign, level = _INFIX[e.op]
-        inner = [
-            formula(a, level + (k > 0 and e.op in ("sub", "div", "floordiv", "mod"))) for k, a in enumerate(e.args)
-        ]
+        inner = [formula(a, level + (k > 0 and e.op in ("sub", "div", "floordiv", "mod"))) for k, a in enumerate(e.args)]
         return parenthesised(sign.join(inner), level, outer)
     if e.op == "not":
         return f"¬{formula(e.args[0], 6)}"
@@ -86,9 +84,7 @@ def integer(e: sympy.Expr) -> tuple[str, int]:
         sign = "//" if isinstance(e, FloorDiv) else " mod "
         return sign.join(parenthesised(*integer(a), 6) for a in e.args), 5
     if e.is_Add:
-        terms = sorted(
-            sympy.Add.make_args(e), key=lambda t: (bool(t.could_extract_minus_sign()), bool(t.is_number), str(t))
-        )
+        terms = sorted(sympy.Add.make_args(e), key=lambda t: (bool(t.could_extract_minus_sign()), bool(t.is_number), str(t)))
         text = parenthesised(*integer(terms[0]), 4)
         for t in terms[1:]:
             minus = bool(t.could_extract_minus_sign())
@@ -122,10 +118,6 @@ def line(site: AttentionSite) -> str:
     shape = f"B={site.batch} H={site.heads}" + (f"/{site.key_heads}" if site.key_heads != site.heads else "")
     lengths = f"M=N={site.queries}" if site.queries == site.keys else f"M={site.queries} N={site.keys}"
     width = f"D={site.head_dim}" + (f"/{site.value_dim}" if site.value_dim != site.head_dim else "")
-    fill = (
-        "" if site.facts.full or math.isinf(site.fill) else f" else {'+' if site.additive else ''}{number(site.fill)}"
-    )
+    fill = "" if site.facts.full or math.isinf(site.fill) else f" else {'+' if site.additive else ''}{number(site.fill)}"
     drop = f", dropout {site.dropout:g}" if site.dropout else ""
-    return (
-        f"softmax({formula(site.score)} | {mask(site)}{fill}{drop}) v  [{shape} {lengths} {width} {short(site.dtype)}]"
-    )
+    return f"softmax({formula(site.score)} | {mask(site)}{fill}{drop}) v  [{shape} {lengths} {width} {short(site.dtype)}]"

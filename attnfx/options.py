@@ -18,7 +18,8 @@ TUNE = ("off",)
 
 @dataclass(frozen=True)
 class Options:
-    """``policy``: a Policy, rules, or the path of a policy file. ``strict``: internal errors and refusals of a variant raise instead of
+    """``policy``: a Policy, rules, or the path of a policy file. ``strict``: internal errors and refusals of a variant
+    raise instead of
     leaving a site as it was. ``verify``: the first call also runs the original graph and reports the error against it.
     ``inner``: what compiles the rewritten graph, "inductor" or another backend's name or callable. ``mode``: Inductor's mode.
     ``tune``: "off", kernels run in their default configurations.

@@ -87,6 +87,4 @@ class Policy:
             return Policy.load(given)
         if isinstance(given, Sequence):
             return Policy(given)
-        raise PolicyError(
-            f"policy is {given!r}; it must be an attnfx.Policy, a list of attnfx.Rule, the path of a file, or None."
-        )
+        raise PolicyError(f"policy is {given!r}; it must be an attnfx.Policy, a list of attnfx.Rule, the path of a file, or None.")

@@ -65,8 +65,7 @@ def _variant(value: Any) -> Variant | None:
         value = {"name": value}
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise PolicyError(
-            f'"variant" is {value!r}; it must be "{KEEP}" or a table such as '
-            '{ name = "SlidingWindow", window = 1024 }.'
+            f'"variant" is {value!r}; it must be "{KEEP}" or a table such as {{ name = "SlidingWindow", window = 1024 }}.'
         )
     return variants.named(value["name"]).from_dict(value)
 
@@ -74,9 +73,7 @@ def _variant(value: Any) -> Variant | None:
 def _known(table: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
     for key in table:
         if key not in allowed:
-            raise PolicyError(
-                f'{where}: the key "{key}" is unknown; allowed are {listing(allowed)}.{nearest(key, allowed)}'
-            )
+            raise PolicyError(f'{where}: the key "{key}" is unknown; allowed are {listing(allowed)}.{nearest(key, allowed)}')
 
 
 def _toml(value: Any) -> str:
@@ -93,9 +90,7 @@ def _toml(value: Any) -> str:
         case list() | tuple():
             return f"[{', '.join(map(_toml, value))}]"
         case Mapping():
-            return (
-                f"{{ {', '.join(f'{_key(key)} = {_toml(item)}' for key, item in value.items() if item is not None)} }}"
-            )
+            return f"{{ {', '.join(f'{_key(key)} = {_toml(item)}' for key, item in value.items() if item is not None)} }}"
     raise TypeError(f"{value!r} is a {type(value).__name__}, which a policy file cannot hold")
 
 

@@ -1,4 +1,5 @@
-"""Splice: the only code that edits a graph. It puts one attention node where a site was and removes what only served the old one."""
+"""Splice: the only code that edits a graph. It puts one attention node where a site was and removes what only served the
+old one."""
 
 from __future__ import annotations
 
@@ -17,9 +18,7 @@ from attnfx.patterns.axes import Axis, Operand
 from attnfx.patterns.matcher import Match
 
 #: Methods whose result depends on the strides of what they are called on.
-_STRIDE_SENSITIVE = frozenset(
-    ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset")
-)
+_STRIDE_SENSITIVE = frozenset(("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset"))
 _FOLLOWED = frozenset(("transpose", "permute", "unsqueeze", "squeeze", "swapaxes", "t", "detach"))
 
 
@@ -60,6 +59,11 @@ class Splicer:
             query = self.call_method("mul", query, self.value(factor))
         key = self.arranged(match, match.key, (layout.batch, layout.heads, (layout.j,), (layout.d,)))
         value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
+        # Under autocast the model's contractions read narrower operands than the graph shows.
+        query, key, value = (
+            node if operand.node.meta["val"].dtype == match.site.dtype else self.call_method("to", node, match.site.dtype)
+            for node, operand in ((query, match.query), (key, match.key), (value, match.value))
+        )
         loads = [self.load(node, query) for node in match.loads]
         core = call(query, key, value, loads)
         self.made.append(core)
@@ -75,9 +79,7 @@ class Splicer:
         node = self.value(operand.node)
         if tuple(operand.axes) == tuple(target):
             return node
-        named = [
-            tuple(s for s in axis if any(s in group for group in target)) for axis in operand.axes
-        ]  # the others have size one
+        named = [tuple(s for s in axis if any(s in group for group in target)) for axis in operand.axes]  # the others have size one
         parts = [part for axis in named for part in ([axis] if axis in target else [(s,) for s in axis]) if part]
         if parts != list(operand.axes):
             node = self.reshaped(node, match, parts)
@@ -95,7 +97,8 @@ class Splicer:
         return node if wanted == list(target) else self.reshaped(node, match, target)
 
     def restored(self, match: Match, core: fx.Node, old: fx.Node) -> fx.Node:
-        """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something looks at them."""
+        """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something
+        looks at them."""
         layout = match.layout
         axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), (layout.dv,)]
         # An axis that no operand has is one that the model broadcast, a query axis that vanished in a view: their sizes are one.
@@ -194,20 +197,12 @@ class Splicer:
             if node in ancestors:
                 ancestors.update(node.all_input_nodes)
         written = {at for at, _ in self.mirror.mutations}
-        writers = {
-            self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin
-        }
+        writers = {self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin}
         dead: set[fx.Node] = set()
         while True:
             before = len(dead)
             for node in reversed(alive):
-                if (
-                    node in ancestors
-                    and node not in dead
-                    and node not in writers
-                    and self._pure(node)
-                    and set(node.users) <= dead
-                ):
+                if node in ancestors and node not in dead and node not in writers and self._pure(node) and set(node.users) <= dead:
                     dead.add(node)
             for group in self._memory(dead).values():
                 inside = dead.union(group)

@@ -43,7 +43,8 @@ class Origin:
 class AttentionSite:
     """One attention. Sizes are sympy integers or expressions of the graph's size symbols.
 
-    ``score``: natural-unit logits from :class:`attnfx.expr.Score`; ``keep``: the mask predicate; ``fill`` with ``additive``: what the
+    ``score``: natural-unit logits from :class:`attnfx.expr.Score`; ``keep``: the mask predicate; ``fill`` with
+    ``additive``: what the
     model puts (or adds) where keep is false; ``empty_rows``: what a query without keys gives: ``"nan"`` (plain softmax of -inf),
     ``"zero"`` (torch's scaled_dot_product_attention), or ``"fill"`` (a finite fill: the softmax over all keys).
     """
@@ -109,7 +110,7 @@ class AttentionSite:
             a, b = self.score.args
             if self.score.op == "mul" and isinstance(b, expr.Score):
                 a, b = b, a
-            if isinstance(a, expr.Score) and isinstance(b, expr.Const):
+            if isinstance(a, expr.Score) and isinstance(b, expr.Const) and (self.score.op == "mul" or b.value):
                 return float(b.value) if self.score.op == "mul" else 1.0 / float(b.value)
         return None
 

@@ -49,9 +49,7 @@ def rows(quick: bool) -> list[Row]:
 
 
 def _llama(row: Row, attention: str = "sdpa") -> nn.Module:
-    width: dict[str, Any] = dict(
-        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
-    )
+    width: dict[str, Any] = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
     if row.quick:
         width = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
     config = LlamaConfig(**width, num_hidden_layers=2, vocab_size=VOCABULARY, max_position_embeddings=row.length)

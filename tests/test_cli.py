@@ -208,9 +208,7 @@ def test_module_is_the_command_line_and_help_needs_no_torch() -> None:
     code = "import sys, attnfx, attnfx.cli; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(attnfx.__file__).parent.parent)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
-    listed = subprocess.run(
-        [sys.executable, "-m", "attnfx", "--help"], env=environment, capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run([sys.executable, "-m", "attnfx", "--help"], env=environment, capture_output=True, text=True, check=True)
     assert "doctor" in listed.stdout
 
 

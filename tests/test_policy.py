@@ -87,9 +87,7 @@ def test_policies_are_values() -> None:
 
 def test_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
-    policy = Policy(
-        [Rule('quoted "path" \\ ü \x7f'), Rule("model.layers.[0-3].*", WINDOW), Rule("*", SlidingWindow(7))]
-    )
+    policy = Policy([Rule('quoted "path" \\ ü \x7f'), Rule("model.layers.[0-3].*", WINDOW), Rule("*", SlidingWindow(7))])
     policy.save(path)
     assert Policy.load(path) == policy
     assert Policy.load(str(path)) == policy

@@ -17,9 +17,7 @@ from attnfx.site import AttentionSite
 from attnfx.variants import SlidingWindow
 
 SIZES = [sympy.Integer(number) for number in (1, 8, 4, 2048, 2048)]
-SITE = AttentionSite(
-    *SIZES, 64, 64, torch.float32, "cpu", expr.Score() * 0.125, keep=expr.le(expr.index("j"), expr.index("i"))
-)
+SITE = AttentionSite(*SIZES, 64, 64, torch.float32, "cpu", expr.Score() * 0.125, keep=expr.le(expr.index("j"), expr.index("i")))
 
 
 def _row(module: str, number: int = 0, **changes: object) -> SiteReport:
@@ -57,9 +55,7 @@ def test_equal_layers_fold_into_a_glob_that_a_policy_takes(modules: list[str], n
     folded = fold(modules)
     assert [name for name, _ in folded] == names
     for name, members in folded:
-        assert not name or [module for module in modules if Rule(name).matches(module)] == sorted(
-            members, key=modules.index
-        )
+        assert not name or [module for module in modules if Rule(name).matches(module)] == sorted(members, key=modules.index)
     assert sorted(module for _, members in folded for module in members) == sorted(modules)
 
 
@@ -87,9 +83,7 @@ def test_no_attention_is_said_plainly() -> None:
 
 
 def test_near_misses_and_warnings_are_listed() -> None:
-    missed = [
-        Missed(f"blocks.{number}", "The softmax is over axis 0, not over keys.", "softmax") for number in range(3)
-    ]
+    missed = [Missed(f"blocks.{number}", "The softmax is over axis 0, not over keys.", "softmax") for number in range(3)]
     text = str(Report((), tuple(missed), policy_warnings=('The rule "x.*" matches no attention.',)))
     assert "3 near misses" in text
     assert "blocks.[0-2] ×3: The softmax is over axis 0, not over keys." in text

@@ -61,15 +61,15 @@ HALF: dict[str, Table] = {
     ),
     "sm80": Table(
         forward=(Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        query_gradient=(Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        query_gradient=(Config(64, 32, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
         key_gradient=(Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
         bias=(Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
     ),
     "sm100": Table(
         forward=(Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        query_gradient=(Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
-        key_gradient=(Config(32, 128, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
-        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+        query_gradient=(Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        key_gradient=(Config(32, 128, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        bias=(Config(64, 64, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ),
     "gfx942": Table(
         forward=(Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
@@ -81,22 +81,22 @@ HALF: dict[str, Table] = {
 # float32
 FULL: dict[str, Table] = {
     "sm90": Table(
-        forward=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
+        forward=(Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
         query_gradient=(Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
-        key_gradient=(Config(32, 32, 8, 2), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
-        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        key_gradient=(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+        bias=(Config(32, 32, 4, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     ),
     "sm80": Table(
         forward=(Config(32, 32, 4, 2), Config(64, 32, 8, 2), Config(16, 16, 8, 2)),
-        query_gradient=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1)),
+        query_gradient=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 1)),
         key_gradient=(Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 1)),
-        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        bias=(Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
     ),
     "sm100": Table(
-        forward=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 2)),
+        forward=(Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
         query_gradient=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1)),
         key_gradient=(Config(16, 32, 4, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1)),
-        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        bias=(Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
     ),
     "gfx942": Table(
         forward=(Config(64, 32, 8, 2), Config(32, 16, 4, 1), Config(32, 16, 8, 1)),

@@ -204,7 +204,7 @@ def _statistics(
 ) -> tuple[Tensor, ...]:
     """(lse, delta, row_max, row_sum, degenerate), with delta (B,H,M) fp32 computed here; the GPU is already current."""
     delta = torch.empty_like(residuals.lse)
-    block_m = max(16, 4096 // padded(launch.dv))
+    block_m = max(16, 2048 // padded(launch.dv))
     run(
         flash_delta, (-(-launch.m // block_m) * launch.batch * launch.heads,), out, grad_out,
         delta if grad_lse is None else grad_lse.float().contiguous(), delta, out.stride(), grad_out.stride(),

@@ -10,6 +10,7 @@ from torch import fx
 from attnfx.capture import Mirror
 from attnfx.patterns import lift_gathers, lift_moves, lift_values, sdpa, softmax  # noqa: F401 - the rules register themselves
 from attnfx.patterns.candidate import Candidate, Refused
+from attnfx.patterns.lift import Stale
 from attnfx.patterns.matcher import Match, match
 
 _FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find)
@@ -35,7 +36,7 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
                 continue
             try:
                 found.append(match(mirror, item))
-            except Refused as refusal:
+            except (Refused, Stale) as refusal:
                 missed.append(NearMiss(item.normaliser, item.pattern, str(refusal)))
     found.sort(key=lambda m: mirror.position[m.candidate.output])
     return found, missed

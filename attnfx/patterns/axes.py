@@ -1,6 +1,7 @@
 """Which meaning each axis of an operand has: batch and head atoms, query i, key j, head_dim d.
 
-Nothing here looks at the order of axes. An operand's index, written in the index symbols of the attention's result, says which symbol each
+Nothing here looks at the order of axes. An operand's index, written in the index symbols of the attention's result, says
+which symbol each
 of its axes carries; a head axis that appears as ``h // G`` is a shared key head; a folded axis is a mixed-radix sum of symbols.
 """
 
@@ -15,7 +16,7 @@ from torch.utils._sympy.functions import PythonMod
 
 from attnfx.capture import is_tensor, sizes
 from attnfx.expr import Expr, Int
-from attnfx.integers import FloorDiv, Mod, Ranges
+from attnfx.integers import FloorDiv, Mod, Ranges, replace
 from attnfx.patterns.lift import Index, Lifter, operation
 
 #: The axes folded into one axis of a tensor, outermost first; empty for an axis of size one.
@@ -50,13 +51,12 @@ class Extents:
         """``symbol`` replaced by ``by * outer + inner``: the new extents, and that sum."""
         outer, inner = (sympy.Symbol(f"{symbol}{part}", integer=True, nonnegative=True) for part in "ab")
         rest = {s: n for s, n in self.sizes.items() if s != symbol}
-        return Extents(
-            {**rest, outer: sympy.cancel(self.sizes[symbol] / by), inner: by}, self.known
-        ), by * outer + inner
+        return Extents({**rest, outer: sympy.cancel(self.sizes[symbol] / by), inner: by}, self.known), by * outer + inner
 
 
 def understood(node: fx.Node, index: Index, extents: Extents, alone: frozenset[sympy.Symbol]) -> Operand | None:
-    """``node`` at ``index`` as an operand, or None where an axis is sliced, strided or mixed. ``alone``: symbols that may not be folded."""
+    """``node`` at ``index`` as an operand, or None where an axis is sliced, strided or mixed. ``alone``: symbols that
+    may not be folded."""
     axes = []
     for size, at in zip(sizes(node), index, strict=True):
         axis = _axis(at, size, extents)
@@ -95,7 +95,8 @@ def _axis(at: Expr, size: sympy.Expr, extents: Extents) -> Axis | None:
 
 def history(lifter: Lifter, node: fx.Node, index: Index) -> list[tuple[fx.Node, Index]]:
     """``node`` at ``index`` and what it was before each operation that only moved elements, newest first."""
-    steps = [(node, index)]
+    known = tuple(Int(replace(x.value, {}, lifter.ranges)) if isinstance(x, Int) else x for x in index)
+    steps = [(node, known)]
     while (step := lifter.moved(*steps[-1])) is not None:
         steps.append(step)
     return steps

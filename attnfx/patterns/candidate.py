@@ -20,8 +20,10 @@ class Refused(Exception):
 class Candidate:
     """A possible attention.
 
-    ``weights(index, t)``: where the result's element ``index`` reads the normalised weights along the summation index ``t``, as an index into
-    the logits. ``logits(lifter, index)``: the logits there. ``values(index, t)``: where it reads the values. ``axis``: the normalised axis of the logits.
+    ``weights(index, t)``: where the result's element ``index`` reads the normalised weights along the summation index
+    ``t``, as an index into
+    the logits. ``logits(lifter, index)``: the logits there. ``values(index, t)``: where it reads the values. ``axis``:
+    the normalised axis of the logits.
     """
 
     pattern: str

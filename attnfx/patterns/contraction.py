@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from attnfx import expr
@@ -57,8 +59,8 @@ def contraction(node: fx.Node) -> Contraction | None:
         left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
     elif name == "aten.scaled_dot_product_attention":
         left, right = node.args[:2]
-    elif name == "aten.einsum" and len(node.args[1]) == 2 and _letters(str(node.args[0])):  # type: ignore[arg-type]
-        left, right = node.args[1]  # type: ignore[misc]
+    elif name == "aten.einsum" and all(_letters(str(node.args[0]))):
+        left, right = _pair(node.args[1])
     else:
         return None
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_tensor(left) and is_tensor(right)):
@@ -66,8 +68,14 @@ def contraction(node: fx.Node) -> Contraction | None:
     return Contraction(node, left, right) if min(len(sizes(left)), len(sizes(right))) >= 2 else None
 
 
+def _pair(operands: Any) -> tuple[Any, Any]:
+    first, second = operands
+    return first, second
+
+
 def _letters(equation: str) -> tuple[str, str, str]:
-    """Both operands' letters and the result's of a plain two-operand einsum that sums exactly one shared letter; '' if it is not that."""
+    """Both operands' letters and the result's of a plain two-operand einsum that sums exactly one shared letter; '' if
+    it is not that."""
     inputs, _, out = equation.replace(" ", "").partition("->")
     a, _, b = inputs.partition(",")
     if "," in b or "." in equation or "->" not in equation:
@@ -109,4 +117,4 @@ def _scaled_dot(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _number(lifter: Lifter, value: object) -> Expr:
-    return lifter.scalar(value) if isinstance(value, fx.Node) else expr.constant(float(value), expr.Score().dtype)  # type: ignore[arg-type]
+    return lifter.scalar(value) if isinstance(value, fx.Node) else expr.constant(float(value), torch.float64)  # type: ignore[arg-type]

@@ -60,9 +60,7 @@ class Dot:
 class Lifter:
     """Pulls indices through one mirror. ``ranges`` bounds the index symbols in use."""
 
-    def __init__(
-        self, mirror: Mirror, ranges: Ranges, *, at: fx.Node, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None
-    ):
+    def __init__(self, mirror: Mirror, ranges: Ranges, *, at: fx.Node, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None):
         self.mirror = mirror
         self.ranges = ranges
         self.at = at
@@ -71,9 +69,10 @@ class Lifter:
         self.reader = at
 
     def element(self, node: Any, index: Index) -> Expr:
-        """Element ``index`` of a mirror node, or a number as itself. Raises Stale where in-place writes make the past unreadable."""
+        """Element ``index`` of a mirror node, or a number as itself. Raises Stale where in-place writes make the past
+        unreadable."""
         if not isinstance(node, fx.Node):
-            return expr.lift(node)
+            return self.literal(node)
         if not is_tensor(node):
             return self.scalar(node)
         if self.mirror.overwritten(node, self.reader):
@@ -88,11 +87,13 @@ class Lifter:
         if node.op == "get_attr":
             return self._literal(node) or leaf
         apply = _RULES.get(operation(node))
-        if apply is None:
+        if apply is None or self.severed(node):
             return leaf
         reader, self.reader = self.reader, node
         try:
             found = apply(self, node, index)
+        except NoNumber:
+            found = None
         finally:
             self.reader = reader
         if found is None:
@@ -115,9 +116,19 @@ class Lifter:
         used = frozenset().union(*(expr.symbols(x) for x in index)) if index else frozenset()
         if all(s in used for s in self.inner):
             return False
-        return any(
-            isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found)
-        )
+        return any(isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found))
+
+    def literal(self, value: Any) -> Expr:
+        """A Python number, not rounded yet: the operation that reads it decides its dtype."""
+        if not isinstance(value, float):
+            return expr.lift(value)
+        if value != value:
+            raise NoNumber("NaN has no formula")
+        return expr.constant(value, torch.float64)
+
+    def severed(self, node: fx.Node) -> bool:
+        """Whether following ``node`` would send a gradient where the model sends none."""
+        return self.mirror.severed(node) and self.mirror.requires_grad(self.at)
 
     def scalar(self, node: fx.Node) -> Expr:
         value = node.meta.get("val")
@@ -130,7 +141,7 @@ class Lifter:
     def moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         """One step back through an operation that only moves elements; None where ``node`` is something else."""
         apply = _MOVES.get(operation(node))
-        if apply is None:
+        if apply is None or self.severed(node):
             return None
         step = _Step(self.mirror, self.ranges, at=self.at)
         apply(step, node, index)
@@ -169,6 +180,10 @@ class Lifter:
 
 class Stale(Exception):
     """The past value of a tensor cannot be read any more."""
+
+
+class NoNumber(Exception):
+    """A number that no formula can carry: the operation that reads it stays a leaf."""
 
 
 class _Step(Lifter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sympy
 from torch import fx
@@ -14,23 +15,31 @@ from attnfx.patterns.lift import Index, Lifter, rule
 from attnfx.patterns.lift_moves import argument, integer_of
 
 
+def _axis(dim: Any, index: Index) -> int:
+    return int(dim) % len(index)
+
+
 @rule("aten.embedding")
 def _embedding(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     weight, ids = node.args[:2]
+    plain = argument(node, 2, "padding_idx", -1) < 0 and not argument(node, 3, "scale_grad_by_freq", False)
+    assert isinstance(weight, fx.Node)
+    if not plain and lifter.mirror.requires_grad(weight) and lifter.mirror.requires_grad(node):
+        return None  # its gradient is not that of a lookup
     return lifter.element(weight, (lifter.element(ids, index[:-1]), index[-1]))
 
 
 @rule("aten.index_select")
 def _index_select(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, dim, ids = node.args[:3]
-    d = int(dim) % len(index)  # type: ignore[call-overload]
+    d = _axis(dim, index)
     return lifter.element(source, (*index[:d], lifter.element(ids, (index[d],)), *index[d + 1 :]))
 
 
 @rule("aten.gather")
 def _gather(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, dim, ids = node.args[:3]
-    d = int(dim) % len(index)  # type: ignore[call-overload]
+    d = _axis(dim, index)
     return lifter.element(source, (*index[:d], lifter.element(ids, index), *index[d + 1 :]))
 
 
@@ -89,9 +98,7 @@ def _stack(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     rest = (*index[:d], *index[d + 1 :])
     found = lifter.element(pieces[-1], rest)
     for k in reversed(range(len(pieces) - 1)):
-        found = expr.where(
-            expr.eq(index[d], expr.integer(k)), lifter.element(pieces[k], rest), found, node.meta["val"].dtype
-        )
+        found = expr.where(expr.eq(index[d], expr.integer(k)), lifter.element(pieces[k], rest), found, node.meta["val"].dtype)
     return found
 
 
@@ -101,12 +108,7 @@ def _diff(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source, order, dim = node.args[0], argument(node, 1, "n", 1), argument(node, 2, "dim", -1)
     prepend, append = argument(node, 3, "prepend"), argument(node, 4, "append")
     assert isinstance(source, fx.Node)
-    if (
-        order != 1
-        or append is not None
-        or node.meta["val"].dtype.is_floating_point
-        or node.meta["val"].dtype.itemsize == 1
-    ):
+    if order != 1 or append is not None or node.meta["val"].dtype.is_floating_point or node.meta["val"].dtype.itemsize == 1:
         return None
     d = int(dim) % len(index)
 
@@ -150,7 +152,8 @@ def _pad(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if mode != "constant" or any(a.is_negative for a in amounts):
         return None
     assert isinstance(source, fx.Node)
-    shape, at, inside = sizes(source), list(index), expr.TRUE
+    shape, at = sizes(source), list(index)
+    inside: Expr = expr.TRUE
     for k in range(len(amounts) // 2):
         d = len(shape) - 1 - k
         at[d] = index[d] - Int(amounts[2 * k])

@@ -68,11 +68,7 @@ def _transpose(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 def _flip_last(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if operation_is(node, "aten.numpy_T"):
         return lifter.element(node.args[0], index[::-1])
-    return (
-        lifter.element(node.args[0], index[:-2] + index[:-3:-1])
-        if len(index) > 1
-        else lifter.element(node.args[0], index)
-    )
+    return lifter.element(node.args[0], index[:-2] + index[:-3:-1]) if len(index) > 1 else lifter.element(node.args[0], index)
 
 
 def operation_is(node: fx.Node, name: str) -> bool:
@@ -92,9 +88,7 @@ def _squeeze(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     shape = sizes(source)
     dims = argument(node, 1, "dim")
     asked = (
-        range(len(shape))
-        if dims is None
-        else [int(d) % max(len(shape), 1) for d in ([dims] if isinstance(dims, int) else dims)]
+        range(len(shape)) if dims is None else [int(d) % max(len(shape), 1) for d in ([dims] if isinstance(dims, int) else dims)]
     )
     dropped = {d for d in asked if shape[d] == 1}
     rest = iter(index)
@@ -145,9 +139,7 @@ def _flip(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 def _unpack(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """One of the results of split, chunk or unbind."""
     source, which = node.args
-    if not (isinstance(source, fx.Node) and isinstance(which, int)) or not is_tensor(
-        source.args[0] if source.args else None
-    ):
+    if not (isinstance(source, fx.Node) and isinstance(which, int)) or not is_tensor(source.args[0] if source.args else None):
         return None
     base = source.args[0]
     assert isinstance(base, fx.Node)

@@ -12,6 +12,7 @@ from torch import fx
 from attnfx import expr
 from attnfx.capture import is_tensor
 from attnfx.expr import Expr, Int
+from attnfx.integers import Ranges
 from attnfx.patterns.lift import Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument, integer_of
 
@@ -19,10 +20,6 @@ from attnfx.patterns.lift_moves import argument, integer_of
 def _dtype(node: fx.Node) -> torch.dtype:
     dtype: torch.dtype = node.meta["val"].dtype
     return dtype
-
-
-def _typed(value: Expr, dtype: torch.dtype) -> Expr:
-    return expr.cast(value, dtype)
 
 
 # Generators -----------------------------------------------------------------------------------------------------------
@@ -35,7 +32,8 @@ def _arange(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     overload = str(node.target).rsplit(".", 1)[-1]
     start = integer_of(node.args[0]) if overload != "default" else sympy.Integer(0)
     step = integer_of(node.args[2]) if overload == "start_step" and len(node.args) > 2 else sympy.Integer(1)
-    return Int(start) + index[0] * Int(step)
+    made = Int(start) + index[0] * Int(step)
+    return None if wraps(lifter, made, _dtype(node)) else made
 
 
 def _filled(value: Any) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
@@ -53,7 +51,7 @@ rule("aten.zeros", "aten.zeros_like", "aten.new_zeros")(_filled(0))
 def _full(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     value = argument(node, 2 if operation(node) == "aten.new_full" else 1, "fill_value")
     if isinstance(value, fx.Node):
-        return _typed(lifter.scalar(value), _dtype(node)) if not is_tensor(value) else None
+        return expr.cast(lifter.scalar(value), _dtype(node)) if not is_tensor(value) else None
     return None if value != value else expr.constant(value, _dtype(node))
 
 
@@ -65,7 +63,7 @@ def _scalar_tensor(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 @rule("aten.eye")
 def _eye(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    return _typed(expr.eq(index[0], index[1]), _dtype(node))
+    return expr.cast(expr.eq(index[0], index[1]), _dtype(node))
 
 
 @rule("aten.tril", "aten.triu", "aten.tril_", "aten.triu_")
@@ -81,6 +79,22 @@ def _triangle(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 # Arithmetic -----------------------------------------------------------------------------------------------------------
 
 
+#: Sizes known only at run time are taken to be below this where an overflow of int32 is ruled out.
+_LARGEST_SIZE = 2**24
+
+
+def wraps(lifter: Lifter, e: Expr, dtype: torch.dtype) -> bool:
+    """Whether ``e``, exact in int64, may overflow in the narrower integer type that the model computes it in."""
+    if dtype.is_floating_point or dtype.is_complex or dtype in (torch.bool, torch.int64):
+        return False
+    if not isinstance(e, Int):
+        return True
+    info, known = torch.iinfo(dtype), lifter.ranges
+    free = e.value.free_symbols | {s for bound in known.high.values() for s in bound.free_symbols}
+    ranges = Ranges(known.low, {**dict.fromkeys(free, sympy.Integer(_LARGEST_SIZE)), **known.high})
+    return not (ranges.nonnegative(e.value - info.min) and ranges.nonnegative(info.max - e.value))
+
+
 def _binary(make: Callable[..., Expr]) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
         a, b = (lifter.broadcast(x, index) for x in node.args[:2])
@@ -88,6 +102,16 @@ def _binary(make: Callable[..., Expr]) -> Callable[[Lifter, fx.Node, Index], Exp
         if alpha != 1:
             b = expr.mul(b, lifter.element(alpha, ()), _dtype(node))
         return make(*_aligned(a, b, _dtype(node)), dtype=_dtype(node))
+
+    return _unwrapped(apply)
+
+
+def _unwrapped(rule_of: Callable[[Lifter, fx.Node, Index], Expr | None]) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
+    """The rule, except where its integers may overflow: the model's own result is loaded there."""
+
+    def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+        found = rule_of(lifter, node, index)
+        return None if found is None or wraps(lifter, found, _dtype(node)) else found
 
     return apply
 
@@ -144,16 +168,14 @@ def _power(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     a, b = (lifter.broadcast(x, index) for x in node.args[:2])
     if isinstance(a, Int) and isinstance(b, Int) and b.value.is_Integer and 0 <= int(b.value) <= 4:
         return Int(sympy.expand(a.value ** int(b.value)))
-    return (
-        expr.call("pow", *_aligned(a, b, _dtype(node)), dtype=_dtype(node)) if _dtype(node).is_floating_point else None
-    )
+    return expr.call("pow", *_aligned(a, b, _dtype(node)), dtype=_dtype(node)) if _dtype(node).is_floating_point else None
 
 
 def _unary(op: str) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
         x = lifter.element(node.args[0], index)
         if op == "neg" and isinstance(x, Int):
-            return Int(-x.value)
+            return None if wraps(lifter, Int(-x.value), _dtype(node)) else Int(-x.value)
         if op == "abs" and isinstance(x, Int) and lifter.ranges.nonnegative(x.value):
             return x
         if op not in ("neg", "abs") and not x.dtype.is_floating_point:
@@ -185,6 +207,7 @@ def _clamp(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 def _compare(name: str) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
         a, b = (lifter.broadcast(x, index) for x in node.args[:2])
+        a, b = _comparable(a, b), _comparable(b, a)
         if name in ("eq", "ne"):
             return (expr.eq if name == "eq" else expr.ne)(a, b)
         if name in ("gt", "ge"):
@@ -207,6 +230,13 @@ for _name, _other in (
     rule(f"aten.{_name}", f"aten.{_other}")(_compare(_name))
 
 
+def _comparable(x: Expr, other: Expr) -> Expr:
+    """A Python float in the dtype that it is compared in."""
+    if not (isinstance(x, expr.Const) and x.dtype == torch.float64):
+        return x
+    return expr.cast(x, other.dtype if other.dtype.is_floating_point else torch.float32)
+
+
 def _logic(make: Callable[..., Expr]) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
         if _dtype(node) != torch.bool:
@@ -227,9 +257,7 @@ _AND = (
 _OR = ("aten.__or__", "aten.logical_or", "aten.bitwise_or", "aten.__ior__", "aten.logical_or_", "aten.bitwise_or_")
 rule(*_AND)(_logic(expr.logical_and))
 rule(*_OR)(_logic(expr.logical_or))
-rule("aten.__xor__", "aten.logical_xor", "aten.bitwise_xor")(
-    _logic(lambda a, b: expr.call("xor", a, b, dtype=torch.bool))
-)
+rule("aten.__xor__", "aten.logical_xor", "aten.bitwise_xor")(_logic(lambda a, b: expr.call("xor", a, b, dtype=torch.bool)))
 
 
 @rule("aten.logical_not", "aten.bitwise_not", "aten.logical_not_", "aten.bitwise_not_")
@@ -237,7 +265,10 @@ def _not(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     x = lifter.element(node.args[0], index)
     if _dtype(node) == torch.bool:
         return expr.logical_not(expr.cast(x, torch.bool))
-    return Int(-x.value - 1) if isinstance(x, Int) else None
+    if not isinstance(x, Int) or "logical" in operation(node):
+        return None
+    found = Int(-x.value - 1)
+    return None if wraps(lifter, found, _dtype(node)) else found
 
 
 @rule("aten.where")
@@ -270,15 +301,20 @@ def _convert(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     assert isinstance(source, fx.Node)
     if source.meta["val"].device != node.meta["val"].device:
         return _across(lifter, node, source, index)
-    return _typed(lifter.element(source, index), _dtype(node))
+    return _converted(lifter, lifter.element(source, index), _dtype(node))
+
+
+def _converted(lifter: Lifter, x: Expr, dtype: torch.dtype) -> Expr | None:
+    """``x`` as another type; None where a narrower integer type may not hold it."""
+    return None if isinstance(x, Int) and wraps(lifter, x, dtype) else expr.cast(x, dtype)
 
 
 def _across(lifter: Lifter, node: fx.Node, source: fx.Node, index: Index) -> Expr | None:
     """A copy to another device is followed only for formulas: a load has to come from the device of the attention."""
-    found = _typed(lifter.element(source, index), _dtype(node))
-    return None if any(isinstance(n, expr.Load) for n in expr.walk(found)) else found
+    found = _converted(lifter, lifter.element(source, index), _dtype(node))
+    return None if found is None or any(isinstance(n, expr.Load) for n in expr.walk(found)) else found
 
 
 @rule("aten.float", "aten.bool", "aten.half", "aten.int", "aten.long")
 def _convert_method(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    return _typed(lifter.element(node.args[0], index), _dtype(node))
+    return _converted(lifter, lifter.element(node.args[0], index), _dtype(node))

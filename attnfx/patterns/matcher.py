@@ -85,9 +85,7 @@ class _Attempt:
         self.lifter = self.new_lifter(None)
         self.weights = candidate.weights(self.lifter, index, Int(self.j))
         if self.weights[candidate.axis] != Int(self.j):
-            raise Refused(
-                f"the softmax runs over axis {candidate.axis}, which is not the axis that the values are summed over"
-            )
+            raise Refused(f"the softmax runs over axis {candidate.axis}, which is not the axis that the values are summed over")
 
     def new_lifter(self, inner: tuple[sympy.Symbol, sympy.Symbol] | None) -> Lifter:
         return Lifter(self.mirror, self.extents.ranges, at=self.candidate.output, inner=inner)
@@ -126,22 +124,18 @@ class _Attempt:
     def _score_dot(self) -> tuple[fx.Node, Index]:
         """The contraction that makes the scores, and the index at which the logits read it."""
         z = self.candidate.logits(self.lifter, self.weights)
-        dots = [n for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot)]
-        dots = [n for n in dots if any(self.j in expr.symbols(x) for x in n.indices)]
-        plain = [n for n in dots if all(isinstance(x, Int) for x in n.indices)]
+        dots = [(n.slot.node, n.indices) for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot)]
+        dots = [(node, at) for node, at in dots if any(self.j in expr.symbols(x) for x in at)]
+        plain = [(node, at) for node, at in dots if all(isinstance(x, Int) for x in at)]
         if not plain:
             raise Refused("no product of queries and keys was found in the logits")
         # Several contractions may meet in the logits (a bias computed from q): the scores are the last one computed.
-        best = max(plain, key=lambda n: self.mirror.position[n.slot.node])  # type: ignore[union-attr]
-        assert isinstance(best.slot, Dot)
-        return best.slot.node, best.indices
+        return max(plain, key=lambda found: self.mirror.position[found[0]])
 
     def _roles(self) -> None:
         used = {name: frozenset().union(*(expr.symbols(x) for x in side[0][1])) for name, side in
                 (("q", self.query), ("k", self.key), ("v", self.value))}  # fmt: skip
-        order = [
-            s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes
-        ]
+        order = [s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes]
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
         self.i = rows[-1] if rows else self._single_row()
         columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
@@ -174,7 +168,8 @@ class _Attempt:
         return Match(site, self.candidate, layout, self.extents, query, key, value, output, loads, factors)
 
     def _layout(self, shared: frozenset[sympy.Symbol]) -> Layout:
-        """Trailing batch-like axes that neither keys nor values have are groups of query heads; the one before them is the key head."""
+        """Trailing batch-like axes that neither keys nor values have are groups of query heads; the one before them is
+        the key head."""
         groups: list[sympy.Symbol] = []
         rest = list(self.batch)
         while rest and rest[-1] not in shared:
@@ -215,17 +210,13 @@ class _Attempt:
         return bool(a.meta["val"].dtype == b.meta["val"].dtype)
 
     def _widens(self, node: fx.Node) -> bool:
-        """A cast of halves to float32 whose result is only multiplied: the products are the same without it, where values are halves too."""
+        """A cast of halves to float32 whose result is only multiplied: the products are the same without it, where
+        values are halves too."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         value = self.value[0][0].meta["val"].dtype
         same = source.meta["val"].device == node.meta["val"].device
-        return (
-            same
-            and bool(source.meta["val"].dtype == value)
-            and value.itemsize == 2
-            and node.meta["val"].dtype == torch.float32
-        )
+        return same and bool(source.meta["val"].dtype == value) and value.itemsize == 2 and node.meta["val"].dtype == torch.float32
 
     def _site(
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float
@@ -234,11 +225,7 @@ class _Attempt:
         z = self.candidate.logits(lifter, self.weights)
         z = expr.rebuild(
             z,
-            lambda n: (
-                expr.Score()
-                if isinstance(n, Load) and n.slot == Dot(self.dot) and n.indices == self.dot_index
-                else None
-            ),
+            lambda n: expr.Score() if isinstance(n, Load) and n.slot == Dot(self.dot) and n.indices == self.dot_index else None,
         )
         if scale != 1.0:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
@@ -248,17 +235,13 @@ class _Attempt:
         score, keep, loads = self._numbered(logits.score, logits.keep)
         fill = logits.fill
         empty = (
-            "zero"
-            if self.candidate.empty_rows == "zero" and fill == float("-inf")
-            else "nan"
-            if fill == float("-inf")
-            else "fill"
+            "zero" if self.candidate.empty_rows == "zero" and fill == float("-inf") else "nan" if fill == float("-inf") else "fill"
         )
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
-        if len({t.dtype for t in tensors}) != 1:
-            raise Refused(
-                f"queries, keys and values have dtypes {', '.join(str(t.dtype).removeprefix('torch.') for t in tensors)}"
-            )
+        computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
+        dtypes = [_narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
+        if len(set(dtypes)) != 1:
+            raise Refused(f"queries, keys and values have dtypes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}")
         product = self._product
         grad = self.mirror.requires_grad(self.candidate.output)
         heads = product(layout.heads)
@@ -267,7 +250,7 @@ class _Attempt:
             batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
             head_dim=self._number(layout.d, "head_dim"), value_dim=self._number(layout.dv, "value head_dim"),
-            dtype=tensors[0].dtype, device=tensors[0].device.type, score=score, keep=keep, fill=fill, additive=logits.additive,
+            dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=fill, additive=logits.additive,
             empty_rows=empty, dropout=self.candidate.dropout,
             side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and self.mirror.requires_grad(n)) for n in loads),
             requires_grad=grad,
@@ -330,6 +313,11 @@ def _without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
     return expr.rebuild(z, strip), tuple(factors)
 
 
+def _narrowed(operand: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    """The dtype in which a contraction reads an operand: autocast narrows float32 to the dtype of the result."""
+    return computed if operand == torch.float32 and computed in (torch.float16, torch.bfloat16) else operand
+
+
 def _canonical(z: Expr, layout: Layout, extents: Extents) -> Expr:
     """``z`` in the canonical index symbols b, h, i, j."""
     mapping = {layout.i: INDEX["i"], layout.j: INDEX["j"]}
@@ -360,6 +348,8 @@ def _folded(z: Expr) -> Expr:
         if isinstance(node, expr.Call) and node.op in ("mul", "div") and isinstance(node.args[1], expr.Const):
             inner = fold(node.args[0]) or node.args[0]
             by = float(node.args[1].value)
+            if by == 0 and node.op == "div":
+                return None
             if (
                 isinstance(inner, expr.Call)
                 and inner.op == "mul"
@@ -369,9 +359,7 @@ def _folded(z: Expr) -> Expr:
                 factor = float(inner.args[1].value) * by if node.op == "mul" else float(inner.args[1].value) / by
                 return expr.call("mul", inner.args[0], expr.Const(factor, torch.float64), dtype=torch.float32)
             if isinstance(inner, expr.Score):
-                return expr.call(
-                    "mul", inner, expr.Const(by if node.op == "mul" else 1 / by, torch.float64), dtype=torch.float32
-                )
+                return expr.call("mul", inner, expr.Const(by if node.op == "mul" else 1 / by, torch.float64), dtype=torch.float32)
         return None
 
     return expr.rebuild(z, fold)

@@ -14,7 +14,7 @@ from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction
-from attnfx.patterns.lift import Dot, Index, Lifter, operation
+from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
 from attnfx.patterns.lift_moves import argument
 
 
@@ -25,6 +25,9 @@ def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
             rank = len(sizes(node))
             if rank < 2:
                 yield node, f"its operands have rank {rank}; attention needs at least (queries, head_dim)"
+                continue
+            if isinstance(argument(node, 4, "dropout_p", 0.0), fx.Node):
+                yield node, "its dropout is a number known only at run time"
                 continue
             yield _candidate(node)
 
@@ -58,8 +61,12 @@ def _candidate(node: fx.Node) -> Candidate:
 def _logits(lifter: Lifter, node: fx.Node, index: Index) -> Expr:
     scale = argument(node, 6, "scale")
     if scale is None:
-        scale = 1.0 / math.sqrt(int(sizes(node.args[0])[-1]))  # type: ignore[arg-type]
-    z = expr.mul(expr.Load(Dot(node), index, torch.float32), expr.constant(float(scale), torch.float64), torch.float32)
+        width = head_dim(node)
+        if not width.is_Integer or width == 0:
+            raise Stale(f"its head_dim is {width}, not a number known before run time")
+        scale = 1.0 / math.sqrt(int(width))
+    factor = lifter.scalar(scale) if isinstance(scale, fx.Node) else expr.constant(float(scale), torch.float64)
+    z = expr.mul(expr.Load(Dot(node), index, torch.float32), factor, torch.float32)
     row, column = index[-2:]
     if argument(node, 5, "is_causal", False):
         z = expr.where(expr.le(column, row), z, expr.constant(-math.inf, torch.float32))

@@ -47,13 +47,17 @@ def widened(e: Expr) -> Expr:
     """``e`` without the casts and half-precision steps on the way of the scores: they are computed in float32 throughout."""
 
     def wide(node: Expr) -> Expr | None:
-        if isinstance(node, Call) and node.op == "cast" and node.dtype.is_floating_point and has_score(node):
+        if isinstance(node, Call) and node.op == "cast" and _precise(node.dtype) and has_score(node):
             return widened(node.args[0])
         if isinstance(node, Call) and node.dtype in (torch.float16, torch.bfloat16) and has_score(node):
             return Call(node.op, tuple(widened(a) for a in node.args), torch.float32)
         return None
 
     return expr.rebuild(e, wide)
+
+
+def _precise(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _selected(z: Call) -> Logits:
@@ -104,10 +108,10 @@ def masked_bias(m: Expr) -> Logits:
                 if inner.keep == expr.TRUE or math.isinf(inner.fill):
                     return Logits(inner.score, keep, float(b.value), True)
     if isinstance(m, Call) and m.op == "add":
-        a, b = masked_bias(m.args[0]), masked_bias(m.args[1])
-        if (a.keep == expr.TRUE) != (b.keep == expr.TRUE) or (math.isinf(a.fill) and math.isinf(b.fill)):
-            masked = b if a.keep == expr.TRUE else a
-            return Logits(expr.add(a.score, b.score, m.dtype), expr.logical_and(a.keep, b.keep), masked.fill, True)
+        left, right = masked_bias(m.args[0]), masked_bias(m.args[1])
+        if (left.keep == expr.TRUE) != (right.keep == expr.TRUE) or (math.isinf(left.fill) and math.isinf(right.fill)):
+            masked = right if left.keep == expr.TRUE else left
+            return Logits(expr.add(left.score, right.score, m.dtype), expr.logical_and(left.keep, right.keep), masked.fill, True)
     if isinstance(m, Call) and m.op == "mul":
         for x, low in (m.args, m.args[::-1]):
             inside = _complement(x)
@@ -131,6 +135,8 @@ def _scaled(z: Call) -> Logits:
     factor = z.args[1]
     assert isinstance(factor, Const)
     inner = separate(z.args[0])
+    if factor.value == 0:
+        return Logits(z)
     c = float(factor.value) if z.op == "mul" else 1.0 / float(factor.value)
     if inner.keep != expr.TRUE and not (c > 0 and (math.isinf(inner.fill) or inner.fill * c <= MASK_LEVEL)):
         return Logits(z)

@@ -15,7 +15,7 @@ from attnfx.patterns.lift import _MOVES, Index, Lifter, operation
 from attnfx.patterns.lift_moves import argument
 
 _CASTS = ("aten.to", "aten._to_copy", "aten.type_as")
-_DROPOUT = ("aten.dropout", "aten.dropout_", "aten.feature_dropout", "aten.native_dropout")
+_DROPOUT = ("aten.dropout", "aten.dropout_", "aten.native_dropout")
 
 
 def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
@@ -79,6 +79,9 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
     if leaves:
         yield node, f"its probabilities are also used by {leaves[0]}"
         return
+    if mirror.requires_grad(end) and any(map(mirror.severed, path)):
+        yield node, "its probabilities are detached from the graph of gradients"
+        return
     multiplied = contraction(end)
     assert multiplied is not None
     on_left = multiplied.left in path
@@ -86,6 +89,14 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
         yield node, "its probabilities are multiplied by themselves"
         return
     yield _candidate(node, logits, axis, multiplied, on_left, frozenset(path), dropout)
+
+
+def _cast(node: fx.Node) -> bool:
+    """Whether a node converts probabilities to a type that still holds probabilities."""
+    if operation(node) not in _CASTS:
+        return False
+    dtype = node.meta["val"].dtype
+    return bool(dtype.is_floating_point and dtype.itemsize >= 2)
 
 
 def _forward(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], float]:
@@ -97,7 +108,7 @@ def _forward(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], float]:
                 continue
             if contraction(user) is not None:
                 ends.append(user)
-            elif operation(user) in _MOVES or operation(user) in _CASTS or operation(user) in _DROPOUT:
+            elif operation(user) in _MOVES or _cast(user) or operation(user) in _DROPOUT:
                 path.append(user)
                 queue.append(user)
                 if operation(user) in _DROPOUT and argument(user, 2, "train", False):

@@ -62,9 +62,7 @@ class Variant(ABC):
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in given:
             if name not in fields:
-                raise PolicyError(
-                    f'{cls.__name__} has no parameter "{name}"; it has {listing(fields)}.{nearest(name, fields)}'
-                )
+                raise PolicyError(f'{cls.__name__} has no parameter "{name}"; it has {listing(fields)}.{nearest(name, fields)}')
         for name, field in fields.items():
             optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
             if name not in given and not optional:
@@ -76,9 +74,7 @@ def whole_number(variant: Variant, name: str, least: int) -> None:
     """Refuse the parameter `name` of `variant` unless it is an int (no bool) of at least `least`."""
     value = getattr(variant, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise PolicyError(
-            f"{type(variant).__name__}.{name} is {value!r}; it must be a whole number of at least {least}."
-        )
+        raise PolicyError(f"{type(variant).__name__}.{name} is {value!r}; it must be a whole number of at least {least}.")
 
 
 def _frozen(value: Any) -> Any:

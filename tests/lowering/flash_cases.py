@@ -64,7 +64,7 @@ def meaning(
     dot = q @ k.repeat_interleave(group, 1).transpose(-1, -2)
     z = case.logits(case, dot, loads)
     if case.keep is not None:
-        keep = case.keep(case, loads).expand(z.shape)
+        keep = case.keep(case, loads).to(z.device).expand(z.shape)
         fill = program.fill if program.exact_rows else -math.inf
         z = z + torch.where(keep, 0.0, fill) if program.additive else torch.where(keep, z, fill)
     empty = (z == -math.inf).all(-1, keepdim=True)
@@ -89,9 +89,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return math.inf if distance.isnan() else distance.item()
 
 
-def dropout_mask(
-    case: Case, q: Tensor, k: Tensor, loads: tuple[Tensor, ...], ints: tuple[int, ...], seed: Tensor
-) -> Tensor:
+def dropout_mask(case: Case, q: Tensor, k: Tensor, loads: tuple[Tensor, ...], ints: tuple[int, ...], seed: Tensor) -> Tensor:
     """(B,H,M,N) of 0 or 1 / (1 - p), read off a forward whose values are the identity matrix."""
     b, hk, n = k.shape[:3]
     eye = torch.eye(n, device=k.device, dtype=k.dtype).expand(b, hk, n, n)

@@ -215,9 +215,7 @@ def bias_cases() -> Iterator[Case]:
 def dropout_cases() -> Iterator[Case]:
     yield Case("dropout", NONE, dropout=0.3)
     yield causal_case(3, name="dropout causal", dropout=0.5)
-    yield replace(
-        causal_case(-7, filled(CAUSAL, "finfo.min added"), "dropout degenerate"), dropout=0.25, grad_lse=False
-    )
+    yield replace(causal_case(-7, filled(CAUSAL, "finfo.min added"), "dropout degenerate"), dropout=0.25, grad_lse=False)
     yield Case(
         "dropout tile bias",
         replace(NONE, score=programs.dense_bias),

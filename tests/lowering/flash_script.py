@@ -32,9 +32,7 @@ def empties(device: torch.device) -> dict[str, float]:
         out, residuals = forward(program, q, k, v, (), ())
         grads = backward(program, q, k, v, out, residuals, torch.ones_like(out), (), ())
         expected = torch.full((b, 4, m, 6), math.nan if exact else 0.0, device=device)
-        wrong += not torch.equal(out.isnan(), expected.isnan()) or not torch.equal(
-            out.nan_to_num(), expected.nan_to_num()
-        )
+        wrong += not torch.equal(out.isnan(), expected.isnan()) or not torch.equal(out.nan_to_num(), expected.nan_to_num())
         wrong += sum(g.shape != t.shape or bool(g.any()) for g, t in zip(grads, (q, k, v), strict=True))
         for kind in ("tile", "column", "diagonal"):
             bias = bias_gradient(

@@ -28,22 +28,14 @@ def _tensors(M: int, N: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-@pytest.mark.parametrize(
-    "variant", [SlidingWindow(1), SlidingWindow(5), SlidingWindow(5, sinks=3), SlidingWindow(999, 7)]
-)
-@pytest.mark.parametrize(
-    ("M", "N", "causal"), [(37, 37, False), (37, 37, True), (13, 37, True), (1, 37, True), (1, 37, False)]
-)
+@pytest.mark.parametrize("variant", [SlidingWindow(1), SlidingWindow(5), SlidingWindow(5, sinks=3), SlidingWindow(999, 7)])
+@pytest.mark.parametrize(("M", "N", "causal"), [(37, 37, False), (37, 37, True), (13, 37, True), (1, 37, True), (1, 37, False)])
 def test_oracle_is_the_definition(variant: SlidingWindow, M: int, N: int, causal: bool) -> None:
     q, k, v = _tensors(M, N)
     out = variant.reference(q, k, v, 0.25, causal=causal)
     for b, h, i in [(0, 0, 0), (1, 3, M - 1), (1, 2, M // 2)]:
         position = i + N - M
-        kept = [
-            j
-            for j in range(N)
-            if (abs(position - j) < variant.window or j < variant.sinks) and not (causal and j > position)
-        ]
+        kept = [j for j in range(N) if (abs(position - j) < variant.window or j < variant.sinks) and not (causal and j > position)]
         weights = torch.stack([0.25 * q[b, h, i] @ k[b, h // 2, j] for j in kept]).softmax(0)
         torch.testing.assert_close(out[b, h, i], weights @ v[b, h // 2, kept])
 

@@ -29,11 +29,10 @@ def column_pointers(base, strides, offs_row, offs_dim):
 @triton.jit
 def load_tile(pointers, row_ok, dim_ok, MASK_ROWS: tl.constexpr, MASK_DIM: tl.constexpr):
     """A tile with zeros outside; no mask at all where both switches are off, which keeps the loads wide."""
-    if MASK_ROWS:
-        if MASK_DIM:
-            tile = tl.load(pointers, mask=row_ok & dim_ok, other=0.0)
-        else:
-            tile = tl.load(pointers, mask=row_ok, other=0.0)
+    if MASK_ROWS and MASK_DIM:
+        tile = tl.load(pointers, mask=row_ok & dim_ok, other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(pointers, mask=row_ok, other=0.0)
     else:
         tile = tl.load(pointers, mask=dim_ok, other=0.0) if MASK_DIM else tl.load(pointers)
     return tile

@@ -3,6 +3,8 @@
 # keep: j ≤ i + s1 - s0
 # ints: s0, s1
 # mypy: ignore-errors
+# ruff: noqa
+# fmt: off
 import triton
 import triton.language as tl
 

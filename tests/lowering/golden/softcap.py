@@ -3,6 +3,8 @@
 # keep: j ≤ i
 # ints: none
 # mypy: ignore-errors
+# ruff: noqa
+# fmt: off
 import triton
 import triton.language as tl
 

@@ -3,6 +3,8 @@
 # keep: true
 # ints: attnfx_keys, strides of loads[0]
 # mypy: ignore-errors
+# ruff: noqa
+# fmt: off
 import triton
 import triton.language as tl
 
