@@ -78,9 +78,10 @@ class Mirror:
             dynamo = self.dynamo_of.get(node)
             example = _example(dynamo) if dynamo is not None else None
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
-            if wanted:
+            apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
+            if wanted and not (apart and not any(True for _ in _written(node))):
                 self._differentiable.add(node)
-            if reached and (not wanted or (not followed and any(True for _ in _written(node)))):
+            if reached and (not wanted or apart):
                 self._severed.add(node)
 
     def leaves_graph(self, node: fx.Node) -> bool:
@@ -121,7 +122,8 @@ def capture(gm: fx.GraphModule) -> Mirror:
         origin[placeholder] = d
         value[d] = placeholder
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
-    storage = {n: _storage(n.meta["val"]) for n in graph.nodes if is_tensor(n)}
+    shared = world.shared()
+    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [_storage(n.meta["val"])]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
     return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
 
@@ -171,7 +173,6 @@ class _World:
         self.user_env: ShapeEnv | None = None
         self.ours: dict[sympy.Symbol, sympy.Symbol] = {}
         self.to_user: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.storages: dict[int, torch.UntypedStorage] = {}
         self.inputs = [self.convert(_example(p)) for p in self.placeholders]
 
     def convert(self, value: Any) -> Any:
@@ -215,6 +216,13 @@ class _World:
                 self.env.var_to_range[twin] = self.user_env.var_to_range[s]
             self.ours[s], self.to_user[twin] = twin, s
         return self.ours[s]
+
+    def shared(self) -> dict[int, int]:
+        """For inputs that are views of one memory: the storage of each twin, and the one that stands for all of them."""
+        first: dict[int, int] = {}
+        pairs = zip(self.placeholders, self.inputs, strict=True)
+        tensors = [(_example(p), twin) for p, twin in pairs if isinstance(twin, torch.Tensor)]
+        return {_storage(twin): first.setdefault(_storage(example), _storage(twin)) for example, twin in tensors}
 
     def ranges(self) -> Ranges:
         """What the user's ShapeEnv promises of each size."""

@@ -49,7 +49,9 @@ def _inline(gm: fx.GraphModule, mirror: Mirror, dynamo: fx.Node, made: list[fx.N
     results = mirror.results.get(dynamo)
     if results is None:
         return False
-    known: dict[fx.Node, Any] = {m: d for d, m in mirror.value.items() if d in set(gm.graph.nodes)}
+    alive = set(gm.graph.nodes)
+    values = {m: d for d, m in mirror.value.items() if d in alive}
+    known: dict[fx.Node, Any] = dict(values)
 
     def value(m: fx.Node) -> Any:
         if m not in known:
@@ -63,6 +65,8 @@ def _inline(gm: fx.GraphModule, mirror: Mirror, dynamo: fx.Node, made: list[fx.N
                 known[m] = gm.graph.call_function(m.target, args, kwargs)  # type: ignore[arg-type]
                 known[m].meta = {k: v for k, v in dynamo.meta.items() if k != "example_value"}
     except LookupError:
+        for copy in reversed([known[m] for m in made if m in known and m not in values]):
+            gm.graph.erase_node(copy)
         return False
     for user in list(dynamo.users):
         if user.target is operator.getitem and isinstance(results, tuple):

@@ -17,6 +17,8 @@ from attnfx.integers import FloorDiv, Mod
 from attnfx.patterns.axes import Axis, Operand
 from attnfx.patterns.matcher import Match
 
+#: New nodes call operators and not methods: those a compiled graph can be cached with.
+_ATEN: Any = torch.ops.aten
 #: Methods whose result depends on the strides of what they are called on.
 _STRIDE_SENSITIVE = frozenset(("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset"))
 _FOLLOWED = frozenset(("transpose", "permute", "unsqueeze", "squeeze", "swapaxes", "t", "detach"))
@@ -48,6 +50,7 @@ class Splicer:
             raise
         result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k != "example_value"}}
         old.replace_all_uses_with(result)
+        self.mirror.dynamo_of[match.candidate.output] = result
         self.replaced.append(old)
         return core
 
@@ -56,15 +59,15 @@ class Splicer:
         heads = (*layout.heads, *layout.groups)
         query = self.arranged(match, match.query, (layout.batch, heads, (layout.i,), (layout.d,)))
         for factor in match.factors:
-            query = self.call_method("mul", query, self.value(factor))
+            query = self.call(operator.mul, query, self.value(factor))
         key = self.arranged(match, match.key, (layout.batch, layout.heads, (layout.j,), (layout.d,)))
         value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
         # Under autocast the model's contractions read narrower operands than the graph shows.
         query, key, value = (
-            node if operand.node.meta["val"].dtype == match.site.dtype else self.call_method("to", node, match.site.dtype)
+            node if operand.node.meta["val"].dtype == match.site.dtype else self.call(_ATEN.to.dtype, node, match.site.dtype)
             for node, operand in ((query, match.query), (key, match.key), (value, match.value))
         )
-        loads = [self.load(node, query) for node in match.loads]
+        loads = [self.load(node, match) for node in match.loads]
         core = call(query, key, value, loads)
         self.made.append(core)
         for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
@@ -86,14 +89,12 @@ class Splicer:
         wanted = [part for group in target for part in ([group] if group in parts else [(s,) for s in group]) if part]
         order = [parts.index(part) for part in wanted if part in parts]
         if order != list(range(len(parts))):
-            node = self.call_method("permute", node, *order)
+            node = self.call(_ATEN.permute.default, node, order)
         for k, part in enumerate(wanted):
             if part not in parts:
-                node = self.call_method("unsqueeze", node, k)
+                node = self.call(_ATEN.unsqueeze.default, node, k)
         if any(part not in parts and self.extent(match, part) != 1 for part in wanted):
-            node = self.call_method(
-                "expand", node, *(-1 if part in parts else self.number(self.extent(match, part)) for part in wanted)
-            )
+            node = self.call(_ATEN.expand.default, node, [-1 if part in parts else self.number(self.extent(match, part)) for part in wanted])
         return node if wanted == list(target) else self.reshaped(node, match, target)
 
     def restored(self, match: Match, core: fx.Node, old: fx.Node) -> fx.Node:
@@ -111,21 +112,27 @@ class Splicer:
             atoms = [part for axis in target for part in ([axis] if axis in parts else [(s,) for s in axis]) if part]
             order = [parts.index(part) for part in atoms] + [k for k, part in enumerate(parts) if part not in atoms]
             if order != list(range(len(parts))):
-                node = self.call_method("permute", node, *order)
+                node = self.call(_ATEN.permute.default, node, order)
             if [parts[k] for k in order] != list(match.output.axes):
                 node = self.reshaped(node, match, match.output.axes)
         dtype = match.candidate.output.meta["val"].dtype
         if dtype != match.site.dtype:
-            node = self.call_method("to", node, dtype)
-        if stride_sensitive(old):
-            node = self.call_method("contiguous", node)
-        return node
+            node = self.call(_ATEN.to.dtype, node, dtype)
+        return self.laid_out(node, old) if stride_sensitive(old) else node
 
-    def load(self, node: fx.Node, like: fx.Node) -> fx.Node:
+    def laid_out(self, node: fx.Node, old: fx.Node) -> fx.Node:
+        """``node`` with its axes in memory in the order that the model's own result has them."""
+        order = memory_order(old.meta.get("example_value"))
+        if order == sorted(order):
+            return self.call(_ATEN.contiguous.default, node)
+        moved = self.call(_ATEN.contiguous.default, self.call(_ATEN.permute.default, node, order))
+        return self.call(_ATEN.permute.default, moved, [order.index(k) for k in range(len(order))])
+
+    def load(self, node: fx.Node, match: Match) -> fx.Node:
         """A side tensor; a number known only at run time becomes a tensor of rank zero."""
         if isinstance(node.meta["val"], torch.Tensor):
             return self.value(node)
-        device = self.call(getattr, like, "device")
+        device = match.query.node.meta["val"].device
         return self.call(torch.full, (), self.value(node), dtype=torch.float32, device=device)
 
     def value(self, node: fx.Node) -> fx.Node:
@@ -148,7 +155,7 @@ class Splicer:
         return sympy.expand(sympy.Mul(*(match.extents.sizes[s] for s in axis)))
 
     def reshaped(self, node: fx.Node, match: Match, axes: Sequence[Axis]) -> fx.Node:
-        return self.call_method("reshape", node, *(self.number(self.extent(match, axis)) for axis in axes))
+        return self.call(_ATEN.reshape.default, node, [self.number(self.extent(match, axis)) for axis in axes])
 
     def number(self, e: sympy.Expr) -> int | fx.Node:
         """A size as an int or as a node computed from the graph's SymInt inputs."""
@@ -178,10 +185,6 @@ class Splicer:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         self.made.append(self.graph.call_function(target, args, kwargs))
-        return self.made[-1]
-
-    def call_method(self, name: str, *args: Any) -> fx.Node:
-        self.made.append(self.graph.call_method(name, args))
         return self.made[-1]
 
     # Removal ------------------------------------------------------------------------------------------------------------
@@ -226,6 +229,19 @@ class Splicer:
             if storage in written and node not in dead:
                 groups.setdefault(storage, set()).add(node)
         return groups
+
+
+def memory_order(example: object) -> list[int]:
+    """The axes of a tensor from the slowest to the fastest in memory; nothing is asked of symbolic strides but their hints."""
+    if not isinstance(example, torch.Tensor):
+        return []
+
+    def hint(x: int | torch.SymInt) -> int:
+        return int(x.node.hint or 0) if isinstance(x, torch.SymInt) else x
+
+    axes = [k for k in range(example.dim()) if hint(example.shape[k]) != 1]  # the stride of an axis of size one means nothing
+    ordered = iter(sorted(axes, key=lambda k: -hint(example.stride(k))))
+    return [next(ordered) if k in axes else k for k in range(example.dim())]
 
 
 def stride_sensitive(node: fx.Node) -> bool:

@@ -305,7 +305,9 @@ def _convert(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def _converted(lifter: Lifter, x: Expr, dtype: torch.dtype) -> Expr | None:
-    """``x`` as another type; None where a narrower integer type may not hold it."""
+    """``x`` as another type; None where a narrower integer type may not hold it, or an eight-bit float rounds it coarsely."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return None
     return None if isinstance(x, Int) and wraps(lifter, x, dtype) else expr.cast(x, dtype)
 
 

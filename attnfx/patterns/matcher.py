@@ -232,11 +232,14 @@ class _Attempt:
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
         z, factors = _without_factors(z)
         logits = separate(_folded(_canonical(z, layout, self.extents)))
+        _tame(logits.score)
         score, keep, loads = self._numbered(logits.score, logits.keep)
         fill = logits.fill
         empty = (
             "zero" if self.candidate.empty_rows == "zero" and fill == float("-inf") else "nan" if fill == float("-inf") else "fill"
         )
+        if self.candidate.empty_rows == "underflow" and empty == "fill" and keep != expr.TRUE:
+            raise Refused(f"its softmax takes no row maximum off, so that a query whose keys all have the fill {fill:g} gives NaN")
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
         dtypes = [_narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
@@ -293,9 +296,25 @@ class _Attempt:
         return expr.rebuild(score, number), expr.rebuild(keep, number), list(loads)
 
 
+#: Above this, float32 keeps too little of a row's log-sum-exp for its gradient.
+_LARGEST = 1e5
+
+
+def _tame(score: Expr) -> None:
+    """Raises Refused for numbers that lift scores out of the reach of a softmax that is computed block by block."""
+    for node in expr.walk(score):
+        if isinstance(node, expr.Const) and node.value > _LARGEST:
+            raise Refused(f"its scores hold the number {node.value:g}; up to {_LARGEST:g} is supported")
+        if isinstance(node, expr.Call) and node.op in ("mul", "div"):
+            low = [a.value for a in node.args if isinstance(a, expr.Const)]
+            if any(x == float("-inf") or (x == 0 and node.op == "div") for x in low):
+                raise Refused("its scores are multiplied by an infinite number")
+
+
 def _without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
     """``z`` with ``q.k * number`` read as ``q.k`` where the number is known only at run time, and these numbers."""
     factors: list[fx.Node] = []
+    scaled = expr.Load("scaled", (), torch.float32)
 
     def strip(node: Expr) -> Expr | None:
         if isinstance(node, expr.Call) and node.op == "mul":
@@ -307,10 +326,13 @@ def _without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
                     and isinstance(number.slot, fx.Node)
                 ):
                     factors.append(number.slot)
-                    return scored
+                    return scaled
         return None
 
-    return expr.rebuild(z, strip), tuple(factors)
+    found = expr.rebuild(z, strip)
+    if len(factors) != 1 or any(isinstance(n, expr.Score) for n in expr.walk(found)):
+        return z, ()  # the scores are read in several ways: no one factor of the query gives them all
+    return expr.rebuild(found, lambda n: expr.Score() if n == scaled else None), tuple(factors)
 
 
 def _narrowed(operand: torch.dtype, computed: torch.dtype) -> torch.dtype:

@@ -71,6 +71,8 @@ def _selected(z: Call) -> Logits:
         return Logits(inner.score, condition, float(b.value), additive=False)
     if math.isinf(inner.fill) and math.isinf(b.value):
         return Logits(inner.score, expr.logical_and(inner.keep, condition), -math.inf, inner.additive)
+    if inner.fill == b.value and not inner.additive:
+        return Logits(inner.score, expr.logical_and(inner.keep, condition), inner.fill, additive=False)
     return Logits(z)
 
 
@@ -141,7 +143,8 @@ def _scaled(z: Call) -> Logits:
     if inner.keep != expr.TRUE and not (c > 0 and (math.isinf(inner.fill) or inner.fill * c <= MASK_LEVEL)):
         return Logits(z)
     score = expr.call(z.op, inner.score, factor, dtype=torch.float32)
-    return Logits(score, inner.keep, inner.fill * c if math.isfinite(inner.fill) else inner.fill, inner.additive)
+    fill = _in_dtype(inner.fill * c, z.dtype) if inner.keep != expr.TRUE else inner.fill
+    return Logits(score, inner.keep, fill, inner.additive)
 
 
 def _in_dtype(value: float, dtype: torch.dtype) -> float:

@@ -25,6 +25,13 @@ def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
             yield from _continued(mirror, node, *found)
 
 
+def _empty_rows(node: fx.Node, logits: fx.Node) -> str:
+    """What a query without keys gives; an exp without the row maximum taken off underflows to 0 / 0 for any low fill."""
+    numerator = node.args[0]
+    assert isinstance(numerator, fx.Node)
+    return "underflow" if operation(node) == "aten.div" and numerator.args[0] is logits else "nan"
+
+
 def logits_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     """``logits, axis`` where ``node`` is their softmax, in one operation or written out as exp, sum and division."""
     if operation(node) in ("aten.softmax", "aten._softmax", "aten.special_softmax"):
@@ -138,7 +145,7 @@ def _candidate(
         logits=lambda lifter, index: lifter.broadcast(logits, index) if is_tensor(logits) else expr.lift(0),
         weights=weights,
         values=lambda index, t: end.sides(index, t)[1 if on_left else 0],
-        empty_rows="nan",
+        empty_rows=_empty_rows(node, logits),
         dropout=dropout,
         consumed=path | {end.node},
     )
