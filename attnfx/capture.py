@@ -89,6 +89,11 @@ class Mirror:
         holders = self._holders.get(node, ())
         return any(user.op == "output" for holder in holders for user in holder.users)
 
+    def written_after(self, node: fx.Node, since: fx.Node) -> bool:
+        """Whether the memory behind ``node`` is written later than ``since``."""
+        at, storage = self.position[since], self.storage.get(node)
+        return any(at < later and s == storage for later, s in self.mutations)
+
     def overwritten(self, node: fx.Node, until: fx.Node) -> bool:
         """Whether the memory behind ``node`` is written between its making and ``until``."""
         first, last, storage = self.position[node], self.position[until], self.storage.get(node)

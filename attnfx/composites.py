@@ -109,7 +109,11 @@ def encoder_layer(
     def attend(x: Tensor) -> Tensor:
         heads: Any = F.linear(x, qkv_weight, qkv_bias)
         heads = heads.unflatten(-1, (3, num_heads, embed_dim // num_heads)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=_keep(mask, mask_type))
+        if mask is None:
+            out = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+        else:  # the fast path gives NaN to a query without keys
+            scores = torch.matmul(heads[0], heads[1].transpose(2, 3)) * (embed_dim // num_heads) ** -0.5
+            out = torch.matmul(scores.masked_fill(_masked(mask, mask_type), float("-inf")).softmax(-1), heads[2])
         return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
     def feed_forward(x: Tensor) -> Tensor:
@@ -123,12 +127,10 @@ def encoder_layer(
     return norm(x + feed_forward(x), norm_weight_2, norm_bias_2)
 
 
-def _keep(mask: Any, mask_type: int | None) -> Any:
+def _masked(mask: Any, mask_type: int | None) -> Any:
     """The fast path's mask, non-zero where a key is masked: type 0 is an S x S mask, 1 key padding (B, S), 2 both (B, H, S, S)."""
-    if mask is None:
-        return None
-    keep = mask.to(torch.bool).logical_not()
-    return keep[:, None, None, :] if mask_type == 1 else keep
+    masked = mask.to(torch.bool)
+    return masked[:, None, None, :] if mask_type == 1 else masked
 
 
 _LAYERS = {torch._transformer_encoder_layer_fwd: encoder_layer}

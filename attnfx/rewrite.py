@@ -67,13 +67,18 @@ class Splicer:
             node if operand.node.meta["val"].dtype == match.site.dtype else self.call(_ATEN.to.dtype, node, match.site.dtype)
             for node, operand in ((query, match.query), (key, match.key), (value, match.value))
         )
-        loads = [self.load(node, match) for node in match.loads]
+        loads = [self.kept(self.load(node, match), node, match) for node in match.loads]
         core = call(query, key, value, loads)
         self.made.append(core)
         for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
             if name in old.meta:
                 core.meta[name] = old.meta[name]
-        return core, self.restored(match, core, old)
+        return core, self.kept(self.restored(match, core, old), match.candidate.output, match)
+
+    def kept(self, made: fx.Node, node: fx.Node, match: Match) -> fx.Node:
+        """``made``, or a copy where the model writes to it later: the backward pass reads what the operator was given and gave."""
+        later = match.site.requires_grad and self.mirror.written_after(node, match.candidate.output)
+        return self.call(_ATEN.clone.default, made) if later else made
 
     # Operands -----------------------------------------------------------------------------------------------------------
 
@@ -94,7 +99,8 @@ class Splicer:
             if part not in parts:
                 node = self.call(_ATEN.unsqueeze.default, node, k)
         if any(part not in parts and self.extent(match, part) != 1 for part in wanted):
-            node = self.call(_ATEN.expand.default, node, [-1 if part in parts else self.number(self.extent(match, part)) for part in wanted])
+            lengths = [-1 if part in parts else self.number(self.extent(match, part)) for part in wanted]
+            node = self.call(_ATEN.expand.default, node, lengths)
         return node if wanted == list(target) else self.reshaped(node, match, target)
 
     def restored(self, match: Match, core: fx.Node, old: fx.Node) -> fx.Node:

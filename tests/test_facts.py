@@ -67,7 +67,7 @@ def test_bounds_are_sound_and_complete(seed: int) -> None:
     m, n = rng.randint(1, 9), rng.randint(1, 9)
     terms = []
     for _ in range(rng.randint(1, 3)):
-        a, b, c = rng.choice([(1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (2, -1), (1, 1)]) + (rng.randint(-6, 6),)
+        (a, b), c = rng.choice([(1, -1), (-1, 1), (0, 1), (0, -1), (1, 0), (2, -1), (1, 1)]), rng.randint(-6, 6)
         terms.append(expr.le(integer(0), I * a + J * b + c))
     keep = expr.logical_and(*terms)
     facts, truth = proved(keep, m, n), kept(keep, m, n)

@@ -38,8 +38,10 @@ class Block(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         else:
             s = (q @ k.mT) / (WIDTH // HEADS) ** 0.5 + self.bias(i, x.dtype)
-            s = s.masked_fill((i > i[:, None]) | ~keep[:, None, None], torch.finfo(s.dtype).min)
-            out = F.dropout(s.softmax(-1, dtype=torch.float32).to(x.dtype), self.dropout, self.training) @ v
+            wide = torch.promote_types(x.dtype, torch.float32)
+            low = max(torch.finfo(x.dtype).min, torch.finfo(torch.float32).min)
+            s = s.masked_fill((i > i[:, None]) | ~keep[:, None, None], low)
+            out = F.dropout(s.softmax(-1, dtype=wide).to(x.dtype), self.dropout, self.training) @ v
         return x + self.out(out.transpose(1, 2).reshape(x.shape))
 
     def bias(self, i: Tensor, dtype: torch.dtype) -> Tensor | float:
@@ -61,7 +63,10 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def made(form: str, length: int = 391, dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0) -> tuple[nn.Module, Tensor, Tensor]:
+Made = tuple[nn.Module, Tensor, Tensor]
+
+
+def made(form: str, length: int = 391, dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0) -> Made:
     model = Block(form, dropout).cuda().to(dtype)
     keep = torch.ones(2, length, dtype=torch.bool, device="cuda")
     keep[0, : length // 3] = False  # left padding: queries that see nothing

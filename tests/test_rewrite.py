@@ -35,7 +35,9 @@ def test_only_the_operator_is_left() -> None:
     before = targets(gm)
     after, report = rewrite(gm, Options(strict=True))
     assert len(report.sites) == 1
-    assert targets(after) == ["attnfx.attention.default", "aten.contiguous.default"], "the result is returned: its strides are eager's"
+    assert targets(after) == ["attnfx.attention.default", "aten.contiguous.default"], (
+        "the result is returned: its strides are eager's"
+    )
     assert targets(gm) == before, "the caller's graph stays as it was"
 
 

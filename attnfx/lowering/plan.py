@@ -73,11 +73,17 @@ class KernelPlan:
 
     @cached_property
     def key_bounds(self) -> Bounds | None:
-        return key_bounds(self.facts)
+        return self._checked(key_bounds(self.facts))
 
     @cached_property
     def query_bounds(self) -> Bounds | None:
-        return query_bounds(self.facts)
+        return self._checked(query_bounds(self.facts))
+
+    def _checked(self, bounds: Bounds | None) -> Bounds | None:
+        """Bounds without tiles that are kept as a whole, where a second mask may hide in a loaded bias: its rows are known only by their
+        literal softmax, which the kernels compute in tiles with a mask."""
+        hidden = self.exact_rows and math.isinf(self.site.fill) and _may_be_infinite(self.site.score)
+        return dataclasses.replace(bounds, full=False) if bounds is not None and hidden else bounds
 
     @cached_property
     def score_derivative(self) -> Expr | None:

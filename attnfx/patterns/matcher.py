@@ -192,6 +192,8 @@ class _Attempt:
         scale = 1.0
         while True:
             node = operand.node
+            if self.lifter.severed(node):
+                return operand, scale
             if (
                 (found := through_scaling(node)) is not None
                 and sizes(found[0]) == sizes(node)

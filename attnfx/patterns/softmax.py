@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import sympy
 from torch import fx
 
 from attnfx import expr
@@ -91,6 +92,9 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
         return
     multiplied = contraction(end)
     assert multiplied is not None
+    if sympy.expand(multiplied.summed - sizes(logits)[axis]) != 0:
+        yield node, f"{multiplied.summed} of its {sizes(logits)[axis]} probabilities are summed"
+        return
     on_left = multiplied.left in path
     if on_left == (multiplied.right in path):
         yield node, "its probabilities are multiplied by themselves"

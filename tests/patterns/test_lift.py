@@ -84,7 +84,7 @@ FORMULAS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "tril of ones": (lambda: torch.ones(5, 7, dtype=torch.bool).tril(2), ()),
     "triu of -inf": (lambda: torch.full((5, 5), NINF).triu(1), ()),
     "triu diagonal": (lambda: torch.triu(torch.ones(4, 6), diagonal=-1), ()),
-    "window": (lambda: (torch.arange(9)[:, None] - torch.arange(9)[None, :] < 4) & (torch.arange(9)[:, None] >= torch.arange(9)), ()),
+    "window": (lambda: (torch.arange(9)[:, None] - torch.arange(9) < 4) & (torch.arange(9)[:, None] >= torch.arange(9)), ()),
     "where finfo.min": (lambda: torch.where(torch.arange(4)[:, None] >= torch.arange(4), 0.0, torch.finfo(torch.float32).min), ()),
     "masked_fill in place": (lambda: torch.zeros(4, 4).masked_fill_(torch.arange(4)[:, None] < torch.arange(4), NINF), ()),
     "one minus mask": (lambda m: (1.0 - m[:, None, None, :].float()) * -1e4, (torch.tensor([[1, 1, 0], [1, 0, 0]]),)),

@@ -115,60 +115,104 @@ SPELLINGS: dict[str, Spelling] = {
     "scale on k": Spelling(lambda q, k, v: (q @ (k * 0.2).transpose(-2, -1)).softmax(-1) @ v),
     "scale on both": Spelling(lambda q, k, v: ((q * 0.4) @ (k * 0.5).mT).softmax(-1) @ v),
     "heads last": Spelling(heads_last(lambda q, k, v: scores(q, k).softmax(-1) @ v)),
-    "einsum": Spelling(lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) * 0.2).softmax(-1), v)),
+    "einsum": Spelling(
+        lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) * 0.2).softmax(-1), v)
+    ),
     "einsum, heads last": Spelling(
         lambda q, k, v: torch.einsum("bhij,bjhd->bihd", (torch.einsum("bihd,bjhd->bhij", q, k) * 0.2).softmax(-1), v)
     ),
     "softmax over another axis, transposed": Spelling(lambda q, k, v: (k @ q.mT * 0.2).softmax(-2).mT @ v),
-    "keys stored transposed": Spelling(lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.2).softmax(-1) @ v, ((B, H, S, D), (B, S, H, D), (B, H, S, D))),
+    "keys stored transposed": Spelling(
+        lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.2).softmax(-1) @ v, ((B, H, S, D), (B, S, H, D), (B, H, S, D))
+    ),
     "values of another width": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, H, S, D), (B, H, S, D), (B, H, S, 12))),
-    "three dimensions": Spelling(lambda q, k, v: torch.bmm((torch.bmm(q, k.transpose(1, 2)) * 0.2).softmax(-1), v), ((B, S, D),) * 3),
+    "three dimensions": Spelling(
+        lambda q, k, v: torch.bmm((torch.bmm(q, k.transpose(1, 2)) * 0.2).softmax(-1), v), ((B, S, D),) * 3
+    ),
     "five dimensions": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((2, 3, H, S, D),) * 3),
     "one query": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, H, 1, D), (B, H, S, D), (B, H, S, D))),
     "batch and head one": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((1, 1, S, D),) * 3),
     "grouped by expand": Spelling(repeated, SHARED),
-    "grouped by repeat_interleave": Spelling(lambda q, k, v: scores(q, k.repeat_interleave(4, 1)).softmax(-1) @ v.repeat_interleave(4, 1), SHARED),
+    "grouped by repeat_interleave": Spelling(
+        lambda q, k, v: scores(q, k.repeat_interleave(4, 1)).softmax(-1) @ v.repeat_interleave(4, 1), SHARED
+    ),
     "one key head": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, H, S, D), (B, 1, S, D), (B, 1, S, D))),
-    "groups as an axis": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, 2, 3, S, D), (B, 2, 1, S, D), (B, 2, 1, S, D))),
+    "groups as an axis": Spelling(
+        lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, 2, 3, S, D), (B, 2, 1, S, D), (B, 2, 1, S, D))
+    ),
     "written out": Spelling(written_out),
     "dropout in evaluation": Spelling(lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 0.1, False) @ v),
-    "additive mask": Spelling(lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v, formula="softmax((q·k)·0.2 + T0[i, j] | full)",
-                              extra=(torch.zeros(S, S).masked_fill(~CAUSAL, NINF),)),
-    "scale after the mask": Spelling(lambda q, k, v, m: ((q @ k.mT + m) * 0.2).softmax(-1) @ v,
-                                     formula="softmax((q·k + T0[i, j])·0.2 | full)", extra=(torch.randn(S, S),)),
-    "two additive terms": Spelling(lambda q, k, v, m, b: (scores(q, k) + b + m).softmax(-1) @ v, extra=(torch.randn(S, S), torch.randn(H, S, S)),
-                                   formula="softmax((q·k)·0.2 + T0[h, i, j] + T1[i, j] | full)"),
+    "additive mask": Spelling(
+        lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 + T0[i, j] | full)",
+        extra=(torch.zeros(S, S).masked_fill(~CAUSAL, NINF),),
+    ),
+    "scale after the mask": Spelling(
+        lambda q, k, v, m: ((q @ k.mT + m) * 0.2).softmax(-1) @ v,
+        formula="softmax((q·k + T0[i, j])·0.2 | full)",
+        extra=(torch.randn(S, S),),
+    ),
+    "two additive terms": Spelling(
+        lambda q, k, v, m, b: (scores(q, k) + b + m).softmax(-1) @ v,
+        extra=(torch.randn(S, S), torch.randn(H, S, S)),
+        formula="softmax((q·k)·0.2 + T0[h, i, j] + T1[i, j] | full)",
+    ),
     "causal from arange": Spelling(
         lambda q, k, v: torch.where(torch.arange(S)[:, None] >= torch.arange(S), scores(q, k), LOW).softmax(-1) @ v,
-        formula="softmax((q·k)·0.2 | causal else min(fp32))"),
+        formula="softmax((q·k)·0.2 | causal else min(fp32))",
+    ),
     "window": Spelling(window, formula="softmax((q·k)·0.2 | causal ∧ i - j ≤ 3)"),
     "alibi": Spelling(alibi, formula="softmax((q·k)·0.2 + T0[h, 0, 0]·(j - i) | causal)", extra=(torch.rand(H),)),
-    "gpt2 with its buffer": Spelling(gpt2, ((B, S, H, D),) * 3, "softmax((q·k)·0.353553 | T0[0, 0, i, j] else min(fp32))",
-                                     (torch.ones(1, 1, 32, 32, dtype=torch.bool).tril(),)),
-    "bloom": Spelling(bloom, ((B, S, H, D),) * 3, "softmax((q·k)·0.2 + T0[4·b + h, 0, j] | causal else +min(fp32))", (torch.randn(B * H, 1, S),)),
-    "swin": Spelling(swin, formula="softmax((q·k)·0.2 + T0[h, i, j] + T1[b, i, j] | full)", extra=(torch.randn(H, S, S), torch.randn(B, S, S))),
+    "gpt2 with its buffer": Spelling(
+        gpt2,
+        ((B, S, H, D),) * 3,
+        "softmax((q·k)·0.353553 | T0[0, 0, i, j] else min(fp32))",
+        (torch.ones(1, 1, 32, 32, dtype=torch.bool).tril(),),
+    ),
+    "bloom": Spelling(
+        bloom, ((B, S, H, D),) * 3, "softmax((q·k)·0.2 + T0[4·b + h, 0, j] | causal else +min(fp32))", (torch.randn(B * H, 1, S),)
+    ),
+    "swin": Spelling(
+        swin, formula="softmax((q·k)·0.2 + T0[h, i, j] + T1[b, i, j] | full)", extra=(torch.randn(H, S, S), torch.randn(B, S, S))
+    ),
     "in place": Spelling(in_place, formula="softmax((q·k)·0.2 + T0[h, i, j] | T1[i, j])", extra=(torch.randn(H, S, S),)),
-    "softcap": Spelling(lambda q, k, v: (torch.tanh(scores(q, k) / 50) * 50).softmax(-1) @ v, formula="softmax(tanh((q·k)·0.004)·50 | full)"),
-    "tensor scale": Spelling(lambda q, k, v, s: (q @ k.mT * s).softmax(-1) @ v, formula="softmax((q·k)·T0[h, 0, 0] | full)",
-                             extra=(torch.rand(H, 1, 1) + 0.5,)),
-    "half, softmax in float32": Spelling(lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.float32).to(q.dtype) @ v, dtype=torch.bfloat16),
+    "softcap": Spelling(
+        lambda q, k, v: (torch.tanh(scores(q, k) / 50) * 50).softmax(-1) @ v, formula="softmax(tanh((q·k)·0.004)·50 | full)"
+    ),
+    "tensor scale": Spelling(
+        lambda q, k, v, s: (q @ k.mT * s).softmax(-1) @ v,
+        formula="softmax((q·k)·T0[h, 0, 0] | full)",
+        extra=(torch.rand(H, 1, 1) + 0.5,),
+    ),
+    "half, softmax in float32": Spelling(
+        lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.float32).to(q.dtype) @ v, dtype=torch.bfloat16
+    ),
     "upcast scores": Spelling(lambda q, k, v: scores(q.float(), k.float()).softmax(-1).to(v.dtype) @ v, dtype=torch.float16),
     "sdpa": Spelling(F.scaled_dot_product_attention, formula="softmax((q·k)·0.353553 | full)"),
-    "sdpa causal, more keys": Spelling(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), ((B, H, 9, D), (B, H, S, D), (B, H, S, D)),
-                                       "softmax((q·k)·0.353553 | causal)"),
+    "sdpa causal, more keys": Spelling(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        ((B, H, 9, D), (B, H, S, D), (B, H, S, D)),
+        "softmax((q·k)·0.353553 | causal)",
+    ),
     "sdpa grouped": Spelling(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.2, enable_gqa=True), SHARED),
-    "sdpa mask": Spelling(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=0.2), extra=(torch.rand(B, 1, 1, S) > 0.3,),
-                          formula="softmax((q·k)·0.2 | T0[b, 0, 0, j])"),
-    "learned keys and values": Spelling(lambda x, w, e: torch.einsum("bse,ed->bsd", (x @ w).softmax(-1), e),
-                                        ((B, S, D), (D, 3), (3, D)), "softmax(q·k | full)"),
+    "sdpa mask": Spelling(
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, scale=0.2),
+        extra=(torch.rand(B, 1, 1, S) > 0.3,),
+        formula="softmax((q·k)·0.2 | T0[b, 0, 0, j])",
+    ),
+    "learned keys and values": Spelling(
+        lambda x, w, e: torch.einsum("bse,ed->bsd", (x @ w).softmax(-1), e), ((B, S, D), (D, 3), (3, D)), "softmax(q·k | full)"
+    ),
     # Not attention, or not one that can be replaced.
     "softmax over queries": Spelling(lambda q, k, v: scores(q, k).softmax(-2) @ v, formula=None),
     "softmax over heads": Spelling(lambda q, k, v: scores(q, k).softmax(1) @ v, formula=None),
     "probabilities returned": Spelling(with_probabilities, formula=None),
     "talking heads": Spelling(talking_heads, formula=None, extra=(torch.randn(H, H),)),
-    "probabilities rescaled": Spelling(lambda q, k, v, m: (scores(q, k).softmax(-1) * m) @ v, formula=None, extra=(torch.rand(1, H, 1, 1),)),
+    "probabilities rescaled": Spelling(
+        lambda q, k, v, m: (scores(q, k).softmax(-1) * m) @ v, formula=None, extra=(torch.rand(1, H, 1, 1),)
+    ),
     "features of linear attention": Spelling(lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), formula=None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
