@@ -12,7 +12,7 @@ import torch
 from attnfx.testing import peak_bytes
 
 REPETITIONS = 5  # at least; more of them where a call is so short that they fit into MILLISECONDS
-MILLISECONDS = 150
+MILLISECONDS = 300
 
 
 def synchronize(device: str) -> None:
@@ -37,7 +37,7 @@ def median_ms(call: Callable[[], object], device: str) -> float:
     if torch.device(device).type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(call, warmup=25, rep=int(1.1 * span), return_mode="median"))
+        return float(do_bench(call, warmup=50, rep=int(1.1 * span), return_mode="median"))
     return statistics.median(1000 * seconds(call, device) for _ in range(min(30, int(span / max(once, 1e-3)))))
 
 
