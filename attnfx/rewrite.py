@@ -242,8 +242,8 @@ def memory_order(example: object) -> list[int]:
     if not isinstance(example, torch.Tensor):
         return []
 
-    def hint(x: int | torch.SymInt) -> int:
-        return int(x.node.hint or 0) if isinstance(x, torch.SymInt) else x
+    def hint(x: Any) -> int:
+        return int(x.node.hint or 0) if isinstance(x, torch.SymInt) else int(x)
 
     axes = [k for k in range(example.dim()) if hint(example.shape[k]) != 1]  # the stride of an axis of size one means nothing
     ordered = iter(sorted(axes, key=lambda k: -hint(example.stride(k))))

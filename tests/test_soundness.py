@@ -1,6 +1,8 @@
-"""Never silently wrong: functions that look like attention and are not quite, run through the backend and compared with eager.
+"""Never silently wrong: functions that look like attention and are not quite, run through the backend and compared with
+eager.
 
-Each case has a number of attentions that must be rewritten (None: any) and is compared in outputs, NaN, gradients and written inputs.
+Each case has a number of attentions that must be rewritten (None: any) and is compared in outputs, NaN, gradients and
+written inputs.
 """
 
 from __future__ import annotations
@@ -393,7 +395,8 @@ add("keys flipped", None, lambda q, k, v: plain(q, k.flip(2), v), *qkv())
 add("one after the other", 2, lambda q, k, v: plain(plain(q, k, v), k, v), *qkv())
 for _name, _f in {
     "interleaved": lambda x: x.repeat_interleave(3, 1), "tiled": lambda x: x.repeat(1, 3, 1, 1), "first": lambda x: x[:, :1],
-    "expanded": lambda x: x[:, :, None].expand(2, 2, 3, 7, 4).reshape(2, 6, 7, 4), "flipped": lambda x: x.repeat_interleave(3, 1).flip(1),
+    "expanded": lambda x: x[:, :, None].expand(2, 2, 3, 7, 4).reshape(2, 6, 7, 4),
+    "flipped": lambda x: x.repeat_interleave(3, 1).flip(1),
 }.items():  # fmt: skip
     add(f"key heads {_name}", 1, lambda q, k, v, f=_f: plain(q, f(k), f(v)), T(2, 6, 5, 4), T(2, 2, 7, 4), T(2, 2, 7, 4))
 add(
@@ -455,7 +458,8 @@ add("learned divisor", None, lambda q, k, v, s: (scores(q, k) / s).softmax(-1) @
 _bools = T(2, 1, 5, 7) > 0
 _bools[0, 0, 2] = False
 for _name, _mask in {
-    "[M,N]": _bools[0, 0], "[B,1,1,N]": _bools[:, :, :1], "[B,1,M,N]": _bools, "[1,N]": T(1, 7), "[M,1]": T(5, 1), "[]": torch.tensor(0.5),
+    "[M,N]": _bools[0, 0], "[B,1,1,N]": _bools[:, :, :1], "[B,1,M,N]": _bools, "[1,N]": T(1, 7), "[M,1]": T(5, 1),
+    "[]": torch.tensor(0.5),
     "nothing kept": torch.zeros(5, 7, dtype=torch.bool), "floats": T(2, 3, 5, 7),
 }.items():  # fmt: skip
     add(f"sdpa mask {_name}", 1, lambda q, k, v, m: SDPA(q, k, v, attn_mask=m), *qkv(m=5, n=7), _mask)
@@ -568,7 +572,8 @@ def test_same_as_eager(name: str) -> None:
 
 _x, _causal, _pad = T(2, 6, 8), later(6, 6), A(6)[None] >= torch.tensor([[6], [4]])
 MASKS = {
-    "none": {}, "causal": {"mask": _causal}, "float": {"mask": torch.zeros(6, 6).masked_fill(_causal, -INF)}, "padding": {"padding": _pad},
+    "none": {}, "causal": {"mask": _causal}, "float": {"mask": torch.zeros(6, 6).masked_fill(_causal, -INF)},
+    "padding": {"padding": _pad},
     "both": {"mask": _causal, "padding": _pad}, "nothing kept": {"padding": _pad | (A(2)[:, None] == 1)}, "bias": {"mask": T(6, 6)},
 }  # fmt: skip
 

@@ -87,11 +87,20 @@ def wraps(lifter: Lifter, e: Expr, dtype: torch.dtype) -> bool:
     """Whether ``e``, exact in int64, may overflow in the narrower integer type that the model computes it in."""
     if dtype.is_floating_point or dtype.is_complex or dtype in (torch.bool, torch.int64):
         return False
+    flags: dict[Expr, sympy.Symbol] = {}
+
+    def flag(node: Expr) -> Expr | None:
+        if isinstance(node, expr.Call) and node.op == "cast" and node.args[0].dtype == torch.bool:
+            return Int(flags.setdefault(node, sympy.Dummy("flag", integer=True, nonnegative=True)))
+        return None
+
+    e = expr.rebuild(e, flag)
     if not isinstance(e, Int):
         return True
     info, known = torch.iinfo(dtype), lifter.ranges
     free = e.value.free_symbols | {s for bound in known.high.values() for s in bound.free_symbols}
-    ranges = Ranges(known.low, {**dict.fromkeys(free, sympy.Integer(_LARGEST_SIZE)), **known.high})
+    ones = dict.fromkeys(flags.values(), sympy.Integer(1))
+    ranges = Ranges(known.low, {**dict.fromkeys(free, sympy.Integer(_LARGEST_SIZE)), **known.high, **ones})
     return not (ranges.nonnegative(e.value - info.min) and ranges.nonnegative(info.max - e.value))
 
 
