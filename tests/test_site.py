@@ -16,6 +16,8 @@ from attnfx.site import AttentionSite, Origin, SideTensor
 I, J, H = index("i"), index("j"), index("h")
 SCALED = expr.call("mul", Score(), Const(0.5, torch.float64), dtype=torch.float32)
 CAUSAL = expr.le(J, I)
+ALIBI = Score() + Load(0, (H,), torch.float32) * (J - I)
+LOW = torch.finfo(torch.float32).min
 
 
 def site(**changes: Any) -> AttentionSite:
@@ -40,15 +42,15 @@ def test_origin_does_not_count() -> None:
         ({}, "softmax((q·k)·0.5 | full) v  [B=2 H=4/2 M=5 N=7 D=8 fp32]"),
         ({"keep": CAUSAL}, "softmax((q·k)·0.5 | causal) v  [B=2 H=4/2 M=5 N=7 D=8 fp32]"),
         (
-            {"keep": expr.logical_and(expr.le(J, I + 2), expr.lt(I - J, integer(3))), "fill": torch.finfo(torch.float32).min, "additive": True},
+            {"keep": expr.logical_and(expr.le(J, I + 2), expr.lt(I - J, integer(3))), "fill": LOW, "additive": True},
             "softmax((q·k)·0.5 | j ≤ i + 2 ∧ i - j ≤ 2 else +min(fp32)) v  [B=2 H=4/2 M=5 N=7 D=8 fp32]",
         ),
         (
-            {"score": Score() + Load(0, (H,), torch.float32) * (J - I), "key_heads": sympy.Integer(4), "value_dim": 3, "dropout": 0.1},
+            {"score": ALIBI, "key_heads": sympy.Integer(4), "value_dim": 3, "dropout": 0.1},
             "softmax(q·k + T0[h]·(j - i) | full, dropout 0.1) v  [B=2 H=4 M=5 N=7 D=8/3 fp32]",
         ),
     ],
-)  # fmt: skip
+)
 def test_prints_as_one_line_of_mathematics(changes: dict[str, Any], line: str) -> None:
     assert str(site(**changes)) == line
 

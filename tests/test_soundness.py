@@ -143,8 +143,10 @@ def write_without_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Numbers: types that are too narrow, constants that are too large or none ------------------------------------------------
 
 for _name, _f in {
-    "bool": lambda p: p.to(torch.bool).float(), "int": lambda p: p.int().float(), "fp8": lambda p: p.to(torch.float8_e4m3fn).float(),
-    "mask": lambda p: p * torch.ones(5, 5).tril(), "offset": lambda p: p + 0.1, "half": lambda p: p[..., :4].repeat(1, 1, 1, 2)[..., :5],
+    "bool": lambda p: p.to(torch.bool).float(), "int": lambda p: p.int().float(),
+    "fp8": lambda p: p.to(torch.float8_e4m3fn).float(),
+    "mask": lambda p: p * torch.ones(5, 5).tril(), "offset": lambda p: p + 0.1,
+    "half": lambda p: p[..., :4].repeat(1, 1, 1, 2)[..., :5],
 }.items():  # fmt: skip
     add(f"probabilities through {_name}", 0, lambda q, k, v, f=_f: f((scores(q, k) * 2).softmax(-1)) @ v, *qkv())
 add("scores through int", 0, lambda q, k, v: (scores(q, k) * 2).int().float().softmax(-1) @ v, *qkv())
@@ -186,9 +188,9 @@ add("NaN selected", None, lambda q, k, v: torch.where(later(5, 5), NAN, scores(q
 for _c in (0.0, -1.5, INF):
     add(f"times {_c}", None, lambda q, k, v, c=_c: (scores(q, k) * c).softmax(-1) @ v, *qkv())
     add(f"divided by {_c}", None, lambda q, k, v, c=_c: (scores(q, k) / c).softmax(-1) @ v, *qkv())
-for _fill in (-INF, INF, LOWEST, -1e9, -1e4, 0.0, 3.0, 1e9):
+for _fill in (-INF, INF, LOWEST, -1e4, 3.0, 1e9):
     _name = f"fill {_fill:g}"
-    _exact = not (_fill == -INF)  # a NaN row spreads over the whole gradient
+    _exact = _fill != -INF  # a NaN row spreads over the whole gradient
     add(f"{_name} put", None, masked(lambda i, j: (j > i) | (i == 2), _fill), *qkv(), grad=_exact)
     add(
         f"{_name} added",
@@ -207,12 +209,12 @@ for _fill in (-INF, INF, LOWEST, -1e9, -1e4, 0.0, 3.0, 1e9):
     add(
         f"{_name} twice",
         None,
-        lambda q, k, v, c=_fill: (masked_scores(q, k, c).masked_fill(A(5) == 1, c) * 1.5).softmax(-1) @ v,
+        lambda q, k, v, c=_fill: refilled(q, k, c).softmax(-1) @ v,
         *qkv(),
         grad=False,
     )
     add(f"{_name} added twice", None, biased(lambda c=_fill: 2 * torch.zeros(5, 5).masked_fill(later(5, 5), c)), *qkv(), grad=False)
-    add(f"{_name} scaled", None, lambda q, k, v, c=_fill: ((scores(q, k) + torch.zeros(5, 5).masked_fill(later(5, 5), c)) * 2).softmax(-1) @ v,
+    add(f"{_name} scaled", None, lambda q, k, v, c=_fill: doubled(q, k, c).softmax(-1) @ v,
         *qkv(), grad=False)  # fmt: skip
 add("two fills", 1, lambda q, k, v: masked_scores(q, k, -1e4).masked_fill(A(5) == 1, -INF).softmax(-1) @ v, *qkv())
 add("exp over sum", 0, lambda q, k, v: over_sum(masked_scores(q, k, -1e9).exp()) @ v, *qkv())
@@ -233,6 +235,14 @@ def later_of(i: Tensor) -> Tensor:
 
 def masked_scores(q: Tensor, k: Tensor, fill: float) -> Tensor:
     return scores(q, k).masked_fill(later(5, 5) | (A(5) == 2)[:, None], fill)
+
+
+def refilled(q: Tensor, k: Tensor, fill: float) -> Tensor:
+    return masked_scores(q, k, fill).masked_fill(A(5) == 1, fill) * 1.5
+
+
+def doubled(q: Tensor, k: Tensor, fill: float) -> Tensor:
+    return (scores(q, k) + torch.zeros(5, 5).masked_fill(later(5, 5), fill)) * 2
 
 
 def over_sum(e: Tensor) -> Tensor:

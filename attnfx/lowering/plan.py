@@ -80,8 +80,8 @@ class KernelPlan:
         return self._checked(query_bounds(self.facts))
 
     def _checked(self, bounds: Bounds | None) -> Bounds | None:
-        """Bounds without tiles that are kept as a whole, where a second mask may hide in a loaded bias: its rows are known only by their
-        literal softmax, which the kernels compute in tiles with a mask."""
+        """Bounds without tiles that are kept as a whole, where a second mask may hide in a loaded bias: its rows are known
+        only by their literal softmax, which the kernels compute in tiles with a mask."""
         hidden = self.exact_rows and math.isinf(self.site.fill) and _may_be_infinite(self.site.score)
         return dataclasses.replace(bounds, full=False) if bounds is not None and hidden else bounds
 

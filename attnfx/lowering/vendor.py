@@ -36,6 +36,8 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append(
             f"the mask is causal over {site.queries} queries and {site.keys} keys; torch's causal flag takes equal lengths."
         )
+    elif site.device == "cpu" and site.head_dim != site.value_dim:
+        found.append(f"head_dim is {site.head_dim} and value dim {site.value_dim}; torch's kernel for CPUs takes equal ones.")
     elif site.device == "cpu" and site.dropout:
         found.append(f"torch's kernel for CPUs has no dropout, and this one drops {site.dropout:g}.")
     elif site.keep != TRUE and site.fill > -1e30:
@@ -60,6 +62,10 @@ def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, 
         )[0]
         return found
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type == "cuda" and (query.dtype == torch.float32 or query.shape[3] != value.shape[3]):
+        # Only torch's memory-efficient kernel takes these, and it has no groups: S x S scores otherwise.
+        groups = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     return functional.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
