@@ -21,7 +21,7 @@ from attnfx.expr import Expr
 from attnfx.files import replace_file
 from attnfx.integers import Ranges
 from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare
-from attnfx.lowering.plan import MASKED_OUT, REACH, KernelPlan
+from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
 
@@ -73,14 +73,10 @@ def program_of(text: str) -> Program:
 
     plan = KernelPlan.from_json(text)
     module, site = _module(source(plan)), plan.site
-    fill = site.fill
-    if plan.exact_rows and not plan.masked:
-        # no fill, but rows of a mask that was added: let the kernel treat all below MASKED_OUT as degenerate
-        fill = MASKED_OUT - REACH
     return Program(
         score=module.score, score_grad=getattr(module, "score_grad", None), keep=getattr(module, "keep", None),
-        kv_range=getattr(module, "kv_range", None), q_range=getattr(module, "q_range", None), fill=fill, additive=site.additive,
-        exact_rows=plan.exact_rows,
+        kv_range=getattr(module, "kv_range", None), q_range=getattr(module, "q_range", None), fill=site.fill,
+        additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
     )  # fmt: skip
 
 

@@ -29,6 +29,9 @@ class Program:
     q_range     the same with the roles of i and j swapped
     fill        what eager puts at a position that is not kept; `additive`: it adds it to the score
     exact_rows  rows may exist that keep nothing, and mean what eager's softmax makes of them (else: O = 0, LSE = -inf)
+    hidden      natural logit from which on, in magnitude, a row's maximum is that of a mask added as data: such rows
+                keep their maximum and sum apart, since in fp32 their LSE has lost the sum
+    empty_zero  with exact_rows: a row without keys gives O = 0 and not NaN
     """
 
     score: Any
@@ -40,12 +43,19 @@ class Program:
     additive: bool
     exact_rows: bool
     allow_tf32: bool = False
+    hidden: float = -math.inf
+    empty_zero: bool = False
 
     @property
     def floor(self) -> float:
         """Base-2 logit at or below which the largest kept score leaves weight to the fill: exp(-110) is 0 in fp32."""
-        floor = (self.fill + 110.0) * math.log2(math.e)
+        floor = max(self.fill + 110.0, self.hidden) * math.log2(math.e)
         return floor if floor > torch.finfo(torch.float32).min else -math.inf
+
+    @property
+    def ceiling(self) -> float:
+        """Base-2 logit at or above which a row's maximum hides its sum from the LSE."""
+        return -self.hidden * math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def forward(
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
-        out.fill_(math.nan if program.exact_rows else 0.0)
+        out.fill_(math.nan if program.exact_rows and not program.empty_zero else 0.0)
         residuals.lse.fill_(-math.inf)
         residuals.row_max.fill_(-math.inf)
         residuals.row_sum.fill_(-1.0)
@@ -91,7 +101,8 @@ def forward(
         run(
             flash_forward, launch.row_grid, q, k, v, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, KV_RANGE=program.kv_range,
-            FLOOR=program.floor, EVEN_N=launch.n % launch.config.block_n == 0, **launch.switches,
+            FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
+            EVEN_N=launch.n % launch.config.block_n == 0, **launch.switches,
         )  # fmt: skip
     return out, residuals
 

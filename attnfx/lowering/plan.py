@@ -42,8 +42,8 @@ WIDEST = 256
 UNREACHABLE = -1e30
 #: exp(-110) is 0 in float32: a row whose largest kept score is farther than this above the fill gives the fill no weight.
 REACH = 110.0
-#: No score is this low: a logit below it comes from a mask that was added.
-MASKED_OUT = -1e38
+#: A row whose largest logit is this low, or this high, owes it to a mask that was added as data.
+HIDDEN = -5e3
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,11 @@ class KernelPlan:
 
     @cached_property
     def key_bounds(self) -> Bounds | None:
-        return self._checked(key_bounds(self.facts))
+        return key_bounds(self.facts)
 
     @cached_property
     def query_bounds(self) -> Bounds | None:
-        return self._checked(query_bounds(self.facts))
-
-    def _checked(self, bounds: Bounds | None) -> Bounds | None:
-        """Bounds without tiles that are kept as a whole, where a second mask may hide in a loaded bias: its rows are known
-        only by their literal softmax, which the kernels compute in tiles with a mask."""
-        hidden = self.exact_rows and math.isinf(self.site.fill) and _may_be_infinite(self.site.score)
-        return dataclasses.replace(bounds, full=False) if bounds is not None and hidden else bounds
+        return query_bounds(self.facts)
 
     @cached_property
     def score_derivative(self) -> Expr | None:
@@ -106,8 +100,18 @@ class KernelPlan:
 
     @property
     def floor(self) -> float:
-        """The natural logit at or below which a row's largest kept score leaves weight to the fill, or is a mask's finfo.min."""
-        return max(self.site.fill + REACH, MASKED_OUT)
+        """The natural logit at or below which a row's largest kept score leaves weight to the fill, or is that of a mask."""
+        return max(self.site.fill + REACH, self.hidden)
+
+    @cached_property
+    def hidden(self) -> float:
+        """The natural logit from which on, in magnitude, a row's maximum is that of a mask added as data; else -inf."""
+        return HIDDEN if _may_hide_a_mask(self.site.score) else -math.inf
+
+    @property
+    def empty_zero(self) -> bool:
+        """Whether a row without keys gives zeros."""
+        return self.site.empty_rows == "zero"
 
     def values(self, sizes: Sequence[int], keys: int, loads: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
         """The value of every size symbol: the caller's ``sizes``, the number of keys, the sizes of side tensors."""
@@ -212,20 +216,19 @@ def _numbered(site: AttentionSite) -> AttentionSite:
 
 
 def _needs_exact_rows(site: AttentionSite) -> bool:
-    if site.empty_rows == "zero":
-        return False
+    hidden = _may_hide_a_mask(site.score)
+    if site.empty_rows == "zero" or site.keep == expr.TRUE:
+        return hidden
     facts = prove(site.keep, site.queries, site.keys, site.ranges)
-    if not (facts.nonempty or facts.full) or site.fill > UNREACHABLE:
-        return site.keep != expr.TRUE or _may_be_infinite(site.score)
-    return _may_be_infinite(site.score)
+    return hidden or not (facts.nonempty or facts.full) or site.fill > UNREACHABLE
 
 
-def _may_be_infinite(score: Expr) -> bool:
-    """Whether a mask may hide in the scores as -inf: an infinite constant, or a loaded float tensor that has one value a key."""
+def _may_hide_a_mask(score: Expr) -> bool:
+    """Whether a mask may hide in the scores, as an infinite constant or in a loaded float tensor, and cover whole rows."""
     for node in expr.walk(score):
         if isinstance(node, Const) and isinstance(node.value, float) and math.isinf(node.value):
             return True
-        if isinstance(node, Load) and node.dtype.is_floating_point and any(x == expr.index("j") for x in node.indices):
+        if isinstance(node, Load) and node.dtype.is_floating_point:
             return True
     return False
 

@@ -98,7 +98,10 @@ def test_exact_rows_are_asked_for_where_they_may_exist(keep: Expr, changes: dict
 def test_a_loaded_float_mask_asks_for_exact_rows() -> None:
     score = SCALED + load(0, B, I, J)
     assert planned(site(score, side=(side(2, QUERIES, KEYS),))).exact_rows
-    assert not planned(site(score, side=(side(2, QUERIES, KEYS),), empty_rows="zero")).exact_rows
+    zero = planned(site(score, side=(side(2, QUERIES, KEYS),), empty_rows="zero"))
+    assert zero.exact_rows
+    assert zero.empty_zero
+    assert not planned(site(SCALED)).exact_rows
 
 
 def test_casts_of_the_scores_are_dropped_and_others_stay() -> None:

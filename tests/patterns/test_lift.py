@@ -114,7 +114,7 @@ FORMULAS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "index_select": (lambda d: d.index_select(1, torch.arange(6, -1, -1)), (IDS,)),
     "floor division": (lambda: torch.arange(-6, 6)[:, None] // 4 + torch.arange(5) % 3, ()),
     "clamp": (lambda: (torch.arange(7)[:, None] - torch.arange(7)).clamp(-2, 3), ()),
-    "bool arithmetic": (lambda: (torch.arange(4)[:, None] > torch.arange(4)).int() * 3 + (torch.arange(4) == 2), ()),
+    "bool arithmetic": (lambda: (torch.arange(4)[:, None] > torch.arange(4)).long() * 3 + (torch.arange(4) == 2), ()),
     "eye": (lambda: torch.eye(4, 6), ()),
     "bf16 rounding": (lambda s: (s[:, None] * torch.arange(300)).to(torch.bfloat16), (torch.rand(3),)),
     "xor and not": (lambda d: ~((d > 0) ^ (d < 3)), (IDS,)),

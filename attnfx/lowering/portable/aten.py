@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnfx import expr
 from attnfx.evaluate import evaluate
-from attnfx.lowering.plan import MASKED_OUT, UNREACHABLE
+from attnfx.lowering.plan import UNREACHABLE
 from attnfx.lowering.portable.affine import Affine, affine
 from attnfx.lowering.portable.blocks import Block, Problem
 
@@ -87,14 +87,16 @@ class Fused:
         bias = None
         if self.form.bias is not None:
             bias = evaluate(self.form.bias, p.grid(block), p.loads, p.values, known=p.known(self.form.bias, block)).float()
-            if plan.exact_rows and not bool((bias.amax(-1) > MASKED_OUT).all()):
-                return False, None
         keep = p.keep(block)
         if keep is not None:
             if not self.certain and (plan.site.fill > UNREACHABLE or not bool(keep.any(-1).all())):
                 return False, None
             none = torch.zeros((), dtype=torch.float32, device=keep.device)
             bias = torch.where(keep, none if bias is None else bias, -math.inf)
+        if bias is not None and plan.exact_rows:
+            top = bias.amax(-1)
+            if not bool(((top > plan.floor) & (top < -plan.hidden)).all()):
+                return False, None
         if bias is not None:
             while bias.dim() < 4:
                 bias = bias[None]

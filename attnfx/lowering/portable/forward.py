@@ -86,12 +86,12 @@ def block_weights(problem: Problem, block: Block) -> Weights:
     plan = problem.plan
     z = masked_logits(problem, block, dots(problem, block))
     row_max = z.amax(-1, keepdim=True) if z.shape[-1] else z.new_full((*z.shape[:-1], 1), -math.inf)
-    literal = plan.exact_rows and bool((row_max <= plan.floor).any())
+    literal = plan.exact_rows and bool(((row_max <= plan.floor) | (row_max >= -plan.hidden)).any())
     if literal and plan.masked:
         block = problem.all_keys(block)
         z = literal_logits(problem, block, dots(problem, block))[0]
         row_max = z.amax(-1, keepdim=True)
-    elif not plan.exact_rows:
+    if plan.empty_zero or not plan.exact_rows:
         row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     p = (z - row_max).exp_()
     return Weights(block, p, row_max, p.sum(-1, keepdim=True), literal)
@@ -122,15 +122,16 @@ def literal_logits(problem: Problem, block: Block, dot: Tensor) -> tuple[Tensor,
 
 def _store(result: Result, problem: Problem, w: Weights) -> None:
     block, exact = w.block, problem.plan.exact_rows
+    literal_zero = exact and not problem.plan.empty_zero  # a sum of 0 means NaN
     survived, scale = w.p, problem.dropout(w.block)
     if scale is not None:
         survived = survived * scale
     total = problem.unstacked(problem.stacked(survived) @ problem.keys_of(problem.v, block))
-    row_sum = w.row_sum if exact else w.row_sum.masked_fill(w.row_sum == 0.0, 1.0)
+    row_sum = w.row_sum if literal_zero else w.row_sum.masked_fill(w.row_sum == 0.0, 1.0)
     at = block.place
     result.out[at] = (total / row_sum).to(result.out.dtype)
     lse = w.row_max + w.row_sum.log()
-    result.lse[at] = (lse if exact else lse.masked_fill(w.row_sum == 0.0, -math.inf))[..., 0]
+    result.lse[at] = (lse if literal_zero else lse.masked_fill(w.row_sum == 0.0, -math.inf))[..., 0]
     if exact:
         result.row_max[at] = w.row_max[..., 0]
         marked = -w.row_sum.masked_fill(w.row_sum == 0.0, 1.0) if w.literal else w.row_sum

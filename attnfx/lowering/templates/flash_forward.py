@@ -44,6 +44,8 @@ def flash_forward(
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     FLOOR: tl.constexpr,
+    CEILING: tl.constexpr,
+    EMPTY_ZERO: tl.constexpr,
     ADDITIVE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -59,7 +61,8 @@ def flash_forward(
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
 
-    FLOOR is the base-2 logit at or below which a row's largest kept score makes the row degenerate. With EXACT_ROWS
+    FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
+    row degenerate; with EMPTY_ZERO a row of -inf gives zeros and not NaN. With EXACT_ROWS
     every row also gets its natural maximum and sum; the sum is stored negated in tiles that hold a degenerate row: so
     the backward kernels can tell.
     """
@@ -114,7 +117,7 @@ def flash_forward(
     stat_ok = offs_m < M
     natural_max = m * LN2
     if EXACT_ROWS:
-        some_degenerate = tl.max(((m <= FLOOR) & stat_ok).to(tl.int32), 0) > 0
+        some_degenerate = tl.max((((m <= FLOOR) | (m >= CEILING)) & stat_ok).to(tl.int32), 0) > 0
         if float("-inf") < FILL:  # noqa: SIM102
             # eager gives such rows weight where nothing is kept: start again, with every key, in natural units
             if some_degenerate:
@@ -125,12 +128,14 @@ def flash_forward(
                     acc, l, natural_max, q_tile, keys, values, steps, 0, N, 0, 0, i, N, at, noise, loads, ints, SCORE,
                     KEEP, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
                 )  # fmt: skip
+        if EMPTY_ZERO:
+            natural_max = tl.where(natural_max == float("-inf"), 0.0, natural_max)
         tl.store(row_max + stat, natural_max, mask=stat_ok)
         # an empty -inf row sums to 0, whose sign would be lost
         marked = tl.where(some_degenerate, -tl.where(l == 0.0, 1.0, l), l)
         tl.store(row_sum + stat, marked, mask=stat_ok)
         tl.store(degenerate + bh, 1, mask=some_degenerate)
-        acc = acc / l[:, None]
+        acc = acc / (tl.where(l == 0.0, 1.0, l) if EMPTY_ZERO else l)[:, None]
     else:
         acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     tl.store(lse + stat, natural_max + tl.log2(l) * LN2, mask=stat_ok)
