@@ -101,6 +101,9 @@ def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> 
     origin = origin_of(mirror, match.candidate.output)
     site = match.site.replace(origin=origin)
     decision = decide(site, options.policy)
+    if match.candidate.output not in mirror.dynamo_of:
+        inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
+        return Missed(origin.module, inside, match.candidate.output.name, origin.source)
     if decision.kernel is None:
         return Missed(origin.module, decision.reason, match.candidate.output.name, origin.source)
     try:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror
+from attnfx.capture import Mirror, opaque
 from attnfx.patterns.lift import operation
 
 _ATTENTION = ("aten.scaled_dot_product_attention", "aten.softmax", "aten._softmax")
@@ -36,48 +36,64 @@ def _inline_composites(gm: fx.GraphModule, mirror: Mirror) -> bool:
     for node in mirror.graph.nodes:
         if node in mirror.origin and node.op != "placeholder":
             inside.setdefault(mirror.origin[node], []).append(node)
-    changed = False
+    changed, inlined = False, _Inliner(gm, mirror)
     for dynamo, made in inside.items():
         name = dynamo.target if isinstance(dynamo.target, str) else getattr(dynamo.target, "__name__", "")
         if len(made) > 3 and name not in _SIMPLE and any(operation(m) in _ATTENTION for m in made):
-            changed |= _inline(gm, mirror, dynamo, made)
+            changed |= inlined.replace(dynamo, made)
     return changed
 
 
-def _inline(gm: fx.GraphModule, mirror: Mirror, dynamo: fx.Node, made: list[fx.Node]) -> bool:
-    """Replace ``dynamo``, which returns a tensor or a tuple of tensors (or None), by the ATen operations it is made of."""
-    results = mirror.results.get(dynamo)
-    if results is None:
-        return False
-    alive = set(gm.graph.nodes)
-    values = {m: d for d, m in mirror.value.items() if d in alive}
-    known: dict[fx.Node, Any] = dict(values)
+class _Inliner:
+    """Replaces Dynamo nodes by the ATen operations that they are made of."""
 
-    def value(m: fx.Node) -> Any:
-        if m not in known:
+    def __init__(self, gm: fx.GraphModule, mirror: Mirror) -> None:
+        self.graph, self.mirror = gm.graph, mirror
+        alive = set(gm.graph.nodes)
+        self.known: dict[fx.Node, Any] = {m: d for d, m in mirror.value.items() if d in alive}
+        self.made: list[fx.Node] = []
+
+    def replace(self, dynamo: fx.Node, made: list[fx.Node]) -> bool:
+        """Whether ``dynamo``, which returns a tensor or a tuple of tensors (or None), was replaced; else nothing changed."""
+        results = self.mirror.results.get(dynamo, self.mirror.value.get(dynamo))
+        if results is None:
+            return False
+        before, self.made = dict(self.known), []
+        try:
+            with self.graph.inserting_before(dynamo):
+                for m in made:
+                    self.copy(m, dynamo)
+                picked = pytree.tree_map_only(fx.Node, lambda m: self.value(m, dynamo), results)
+        except LookupError:
+            for node in reversed(self.made):
+                self.graph.erase_node(node)
+            self.known = before
+            return False
+        for user in list(dynamo.users):
+            if user.target is operator.getitem and isinstance(picked, tuple):
+                user.replace_all_uses_with(picked[int(str(user.args[1]))])
+                self.graph.erase_node(user)
+        if isinstance(picked, fx.Node):
+            dynamo.replace_all_uses_with(picked)
+        if not dynamo.users:
+            self.graph.erase_node(dynamo)
+        return True
+
+    def copy(self, m: fx.Node, dynamo: fx.Node) -> fx.Node:
+        args, kwargs = pytree.tree_map_only(fx.Node, lambda a: self.value(a, dynamo), (tuple(m.args), dict(m.kwargs)))
+        node = self.graph.call_function(m.target, args, kwargs)  # type: ignore[arg-type]
+        node.meta = {k: v for k, v in dynamo.meta.items() if k != "example_value"}
+        self.made.append(node)
+        self.known[m] = node
+        return node
+
+    def value(self, m: fx.Node, dynamo: fx.Node) -> Any:
+        """The node that holds a mirror node's value; one that another operation computed on its way is computed again."""
+        if m in self.known and (self.known[m] in self.made or self.known[m] < dynamo):
+            return self.known[m]
+        if m.op != "call_function" or str(m.target).rsplit(".", 1)[0].endswith("_") or m.target is opaque:
             raise LookupError(m.name)
-        return known[m]
-
-    try:
-        with gm.graph.inserting_before(dynamo):
-            for m in made:
-                args, kwargs = pytree.tree_map_only(fx.Node, value, (tuple(m.args), dict(m.kwargs)))
-                known[m] = gm.graph.call_function(m.target, args, kwargs)  # type: ignore[arg-type]
-                known[m].meta = {k: v for k, v in dynamo.meta.items() if k != "example_value"}
-    except LookupError:
-        for copy in reversed([known[m] for m in made if m in known and m not in values]):
-            gm.graph.erase_node(copy)
-        return False
-    for user in list(dynamo.users):
-        if user.target is operator.getitem and isinstance(results, tuple):
-            picked = results[int(str(user.args[1]))]
-            user.replace_all_uses_with(value(picked) if isinstance(picked, fx.Node) else picked)
-            gm.graph.erase_node(user)
-    if isinstance(results, fx.Node):
-        dynamo.replace_all_uses_with(value(results))
-    if not dynamo.users:
-        gm.graph.erase_node(dynamo)
-    return True
+        return self.copy(m, dynamo)
 
 
 def _replace_by_function(gm: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) -> None:

@@ -39,7 +39,8 @@ class Splicer:
         """
         old = self.mirror.dynamo_of.get(match.candidate.output)
         if old is None:
-            raise LookupError("the result of the attention is not a value of the graph")
+            maker = self.mirror.origin.get(match.candidate.output)
+            raise LookupError(f"the result of the attention is inside another operation, {maker}")
         self.made = []
         try:
             with self.graph.inserting_before(old):
