@@ -15,7 +15,7 @@ from attnfx.lowering.crosscompile import TARGETS, Job, check
 def test_forward_compiles_without_spills(target: str) -> None:
     rows = check([target], [Job("causal", torch.bfloat16, 64, target, ("forward",))], processes=1)
     assert [row.template for row in rows] == ["forward"]
-    assert [row for row in rows if not row.ok] == []
+    assert [row for row in rows if row.spills or not row.ok] == []
     assert rows[0].registers > 0
 
 
