@@ -44,7 +44,7 @@ def installed() -> dict[str, str]:
 
 
 def checked(targets: Sequence[str], doing: Callable[[str], None] = lambda what: None) -> list[dict[str, Any]]:
-    """Compile every kernel for the targets; a row for each, whose "ok" says that it fits without spilling.
+    """Compile every kernel for the targets; a row for each, whose "ok" says that it fits, and on sm90 does not spill.
 
     `doing` is told what goes on, target by target: this takes minutes.
     """
