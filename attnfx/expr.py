@@ -193,6 +193,10 @@ def where(condition: Expr, a: Expr, b: Expr, dtype: torch.dtype | None = None) -
         return cast(a, dtype) if dtype else a
     if condition == FALSE:
         return cast(b, dtype) if dtype else b
+    if a.dtype == b.dtype == torch.bool and (isinstance(a, Const) or isinstance(b, Const)):
+        if isinstance(a, Const):
+            return logical_or(condition, b) if a.value else logical_and(logical_not(condition), b)
+        return logical_or(logical_not(condition), a) if is_number(b, 1) else logical_and(condition, a)
     return a if a == b else Call("where", (condition, a, b), dtype or promote(a, b))
 
 

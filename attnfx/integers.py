@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-__all__ = ["FloorDiv", "Mod", "Ranges", "floordiv", "modulo", "replace"]
+__all__ = ["FloorDiv", "Mod", "Ranges", "floordiv", "modulo", "recombined", "replace"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,34 @@ def modulo(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.
     if rest.is_Integer and b.is_Integer:
         return sympy.Integer(int(rest) % int(b))
     return Mod(rest, b) if rest.is_nonnegative and b.is_positive else PythonMod(rest, b)
+
+
+def recombined(e: sympy.Expr) -> sympy.Expr:
+    """``e`` with digits put together again: ``b * floor(a / b) + a mod b`` is ``a``, for any factor of the whole."""
+    e = sympy.expand(e)
+    while True:
+        step = _recombined_once(e)
+        if step is None:
+            return e
+        e = sympy.expand(step)
+
+
+def _recombined_once(e: sympy.Expr) -> sympy.Expr | None:
+    for digit in e.atoms(Mod, PythonMod):
+        base, by = digit.args
+        factor = e.coeff(digit)
+        if factor == 0 or factor.has(digit):
+            continue
+        for whole in e.atoms(FloorDiv):
+            if sympy.expand(e.coeff(whole) - factor * by) == 0 and _same_quotient(whole, base, by):
+                return e - factor * by * whole - factor * digit + factor * base
+    return None
+
+
+def _same_quotient(whole: sympy.Expr, base: sympy.Expr, by: sympy.Expr) -> bool:
+    if whole.args == (base, by):
+        return True
+    return isinstance(base, FloorDiv) and whole.args == (base.args[0], sympy.expand(base.args[1] * by))
 
 
 def _split(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:

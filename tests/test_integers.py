@@ -7,7 +7,7 @@ import pytest
 import sympy
 
 from attnfx.evaluate import integer
-from attnfx.integers import Ranges, floordiv, modulo, replace
+from attnfx.integers import FloorDiv, Mod, Ranges, floordiv, modulo, recombined, replace
 
 A, B, C = (sympy.Symbol(s, integer=True, nonnegative=True) for s in "abc")
 N = sympy.Symbol("N", integer=True, positive=True)
@@ -66,3 +66,10 @@ def test_a_claimed_bound_is_never_wrong() -> None:
         for n in range(1, 6):
             assert all(w * n + x * a + y * b + z >= 0 for a in range(n) for b in range(n))
     assert claimed > 20
+
+
+def test_recombined_puts_digits_together() -> None:
+    x, n = sympy.symbols("x n", integer=True, nonnegative=True)
+    digits = 16 * FloorDiv(x, 16) + 4 * Mod(FloorDiv(x, 4), 4) + Mod(x, 4)
+    assert recombined(n * digits + n) == n * x + n
+    assert recombined(3 * FloorDiv(x, 4) + Mod(x, 4)) == 3 * FloorDiv(x, 4) + Mod(x, 4)

@@ -38,5 +38,8 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
                 found.append(match(mirror, item))
             except (Refused, Stale) as refusal:
                 missed.append(NearMiss(item.normaliser, item.pattern, str(refusal)))
+    # Probabilities that end in several contractions are not needed any more only if each of these is an attention.
+    lost = {m.node for m in missed}
+    found = [m for m in found if m.candidate.normaliser not in lost]
     found.sort(key=lambda m: mirror.position[m.candidate.output])
     return found, missed

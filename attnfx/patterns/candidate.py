@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import sympy
 from torch import fx
 
 from attnfx.capture import Mirror
@@ -17,25 +18,42 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The atoms of every canonical axis: batch, key head and group symbols, then query, key, head_dim and value_dim symbols."""
+
+    batch: tuple[sympy.Symbol, ...]
+    heads: tuple[sympy.Symbol, ...]
+    groups: tuple[sympy.Symbol, ...]
+    i: sympy.Symbol
+    j: sympy.Symbol
+    d: sympy.Symbol
+    dv: sympy.Symbol
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A possible attention.
 
-    ``weights(index, t)``: where the result's element ``index`` reads the normalised weights along the summation index
-    ``t``, as an index into
-    the logits. ``logits(lifter, index)``: the logits there. ``values(index, t)``: where it reads the values. ``axis``:
-    the normalised axis of the logits.
+    ``probabilities(lifter, index, t)``: what the result's element ``index`` multiplies the values by along the summation
+    index ``t``: an expression with the normaliser's own result as a load. ``logits(lifter, index)``: the logits there.
+    ``values(index, t)``: where it reads the values. ``axis``: the normalised axis of the logits; ``length``: its size;
+    ``summed``: the size of the axis that the values are summed over.
+    ``shared``: in how many contractions the same probabilities end.
     """
 
     pattern: str
     normaliser: fx.Node
     output: fx.Node
     axis: int
+    length: sympy.Expr
+    summed: sympy.Expr
     logits: Callable[[Lifter, Index], Expr]
-    weights: Callable[[Lifter, Index, Expr], Index]
+    probabilities: Callable[[Lifter, Index, Expr], Expr]
     values: Callable[[Index, Expr], tuple[fx.Node, Index]]
     empty_rows: str
     dropout: float = 0.0
     consumed: frozenset[fx.Node] = field(default_factory=frozenset)
+    shared: int = 1
 
 
 #: A pattern: every candidate of a mirror, or for each look-alike the node and why it is none.

@@ -34,19 +34,27 @@ class Contraction:
             a, b = _letters(str(self.node.args[0]))[:2]
             out = _letters(str(self.node.args[0]))[2]
             at = dict(zip(out, index, strict=True))
-            return (self.left, tuple(at.get(x, t) for x in a)), (self.right, tuple(at.get(x, t) for x in b))
+            left, right = (tuple(at.get(x, t) for x in letters) for letters in (a, b))
+            return (self.left, _within(self.left, left)), (self.right, _within(self.right, right))
         if name == "aten.scaled_dot_product_attention":
             left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, _key_heads(self.node, index[:-2]))
             return (self.left, (*left, index[-2], t)), (self.right, (*right, index[-1], t))
         left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, index[:-2])
         return (self.left, (*left, index[-2], t)), (self.right, (*right, t, index[-1]))
 
+    def element(self, side: int, lifter: Lifter, index: Index, t: Expr) -> Expr:
+        """The element of one operand (0: left, 1: right) that result ``index`` multiplies at summation index ``t``."""
+        node, at = self.sides(index, t)[side]
+        return lifter.element(node, at)
+
     @property
     def summed(self) -> sympy.Expr:
         """The size of the summed axis."""
         if operation(self.node) == "aten.einsum":
             a, b, out = _letters(str(self.node.args[0]))
-            return sizes(self.left)[a.index(next(x for x in a if x in b and x not in out))]
+            letter = next(x for x in a if x in b and x not in out)
+            left = sizes(self.left)[a.index(letter)]
+            return sizes(self.right)[b.index(letter)] if left == 1 else left
         return sizes(self.left)[-1]
 
 
@@ -84,6 +92,11 @@ def _letters(equation: str) -> tuple[str, str, str]:
     shared = [x for x in a if x in b and x not in out]
     lost = [x for x in a + b if x not in out and x not in shared]
     return (a, b, out) if plain and len(shared) == 1 and not lost else ("", "", "")
+
+
+def _within(operand: fx.Node, index: Index) -> Index:
+    """``index`` with the axes of size one, which an einsum broadcasts, read at zero."""
+    return tuple(expr.integer(0) if n == 1 else x for n, x in zip(sizes(operand), index, strict=True))
 
 
 def _broadcast(operand: fx.Node, batch: Index) -> Index:

@@ -19,7 +19,7 @@ from torch import fx
 from attnfx import expr
 from attnfx.capture import Mirror, as_sympy, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
-from attnfx.integers import Ranges, floordiv, modulo
+from attnfx.integers import Ranges, floordiv, modulo, recombined
 
 Index = tuple[Expr, ...]
 Rule = Callable[["Lifter", fx.Node, Index], Expr | None]
@@ -42,6 +42,11 @@ def rule(*operations: str, moves: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+def has_rule(node: fx.Node) -> bool:
+    """Whether an element of ``node`` can be a formula of its operands' elements."""
+    return operation(node) in _RULES
+
+
 def operation(node: fx.Node) -> str:
     """The name of a node's ATen operation without overload, or ''."""
     target = node.target
@@ -58,10 +63,25 @@ class Dot:
 
 
 class Lifter:
-    """Pulls indices through one mirror. ``ranges`` bounds the index symbols in use."""
+    """Pulls indices through one mirror. ``ranges`` bounds the index symbols in use.
 
-    def __init__(self, mirror: Mirror, ranges: Ranges, *, at: fx.Node, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None):
+    ``at``: the node for which elements are read; ``inner``: the symbols of queries and keys; ``stop``: a node that is not
+    looked behind; ``course``: nodes whose dropout is followed as if it dropped nothing.
+    """
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        ranges: Ranges,
+        *,
+        at: fx.Node,
+        inner: tuple[sympy.Symbol, sympy.Symbol] | None = None,
+        stop: fx.Node | None = None,
+        course: frozenset[fx.Node] = frozenset(),
+    ) -> None:
         self.mirror = mirror
+        self.stop = stop
+        self.course = course
         self.ranges = ranges
         self.at = at
         self.inner = inner
@@ -84,6 +104,8 @@ class Lifter:
 
     def _element(self, node: fx.Node, index: Index) -> Expr:
         leaf = Load(node, index, node.meta["val"].dtype)
+        if node is self.stop:
+            return leaf
         if node.op == "get_attr":
             return self._literal(node) or leaf
         apply = _RULES.get(operation(node))
@@ -249,6 +271,8 @@ def _group(lifter: Lifter, old: list[sympy.Expr], new: list[sympy.Expr], index: 
     flat: Expr = expr.integer(0)
     for size, at in zip(new, index, strict=True):
         flat = expr.add(expr.mul(flat, Int(size)), at) if size != 1 else flat
+    if isinstance(flat, Int):
+        flat = Int(recombined(flat.value))
     result: list[Expr] = []
     for k, size in enumerate(old):
         below = sympy.Mul(*old[k + 1 :])

@@ -304,6 +304,31 @@ def _masked_fill(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return expr.where(lifter.broadcast(mask, index), *_fitted(a, b, _dtype(node)), _dtype(node))
 
 
+@rule("aten.isnan")
+def _isnan(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    x = lifter.element(node.args[0], index)
+    return expr.ne(x, x)
+
+
+@rule("aten.nan_to_num", "aten.nan_to_num_")
+def _nan_to_num(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    dtype = _dtype(node)
+    if not dtype.is_floating_point:
+        return None
+    x = lifter.element(node.args[0], index)
+    given = [argument(node, 1, "nan"), argument(node, 2, "posinf"), argument(node, 3, "neginf")]
+    defaults = (0.0, torch.finfo(dtype).max, torch.finfo(dtype).min)
+    nan, high, low = (expr.constant(d if g is None else g, dtype) for g, d in zip(given, defaults, strict=True))
+    clamped = expr.minimum(expr.maximum(x, low, dtype), high, dtype)
+    return expr.where(expr.ne(x, x), nan, clamped, dtype)
+
+
+@rule("aten.dropout", "aten.dropout_")
+def _dropout(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    active = bool(argument(node, 2, "train", False)) and argument(node, 1, "p", 0.5) != 0
+    return lifter.element(node.args[0], index) if not active or node in lifter.course else None
+
+
 @rule("aten.to", "aten._to_copy", "aten.type_as", "aten.to_dtype")
 def _convert(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source = node.args[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -11,27 +11,14 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.capture import Mirror, sizes
-from attnfx.expr import INDEX, Expr, Int, Load
-from attnfx.integers import Ranges, floordiv, modulo
+from attnfx.expr import Int, Load
 from attnfx.patterns.axes import Extents, Operand, divisors, history, through_scaling, understood
-from attnfx.patterns.candidate import Candidate, Refused
+from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
-from attnfx.patterns.separate import separate
+from attnfx.patterns.probabilities import ONE, factor
+from attnfx.patterns.program import canonical, narrowed, numbered, program, without_factors
 from attnfx.site import AttentionSite, SideTensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The atoms of every canonical axis: batch, key head and group symbols, then query, key, head_dim and value_dim symbols."""
-
-    batch: tuple[sympy.Symbol, ...]
-    heads: tuple[sympy.Symbol, ...]
-    groups: tuple[sympy.Symbol, ...]
-    i: sympy.Symbol
-    j: sympy.Symbol
-    d: sympy.Symbol
-    dv: sympy.Symbol
 
 
 @dataclass(frozen=True)
@@ -59,8 +46,30 @@ def match(mirror: Mirror, candidate: Candidate) -> Match:
     symbols = tuple(sympy.Symbol(f"o{k}", integer=True, nonnegative=True) for k in range(len(out)))
     index: Index = tuple(map(Int, symbols))
     extents = Extents(dict(zip(symbols, out, strict=True)), mirror.ranges)
+    first: Refused | None = None
+    for rank in range(_PRODUCTS):
+        try:
+            return _matched(mirror, candidate, index, extents, rank)
+        except Refused as refusal:
+            first = first or refusal
+            if isinstance(refusal, NoProduct):
+                break
+    assert first is not None
+    raise first
+
+
+#: How many products of two tensors in the logits are tried as the scores.
+_PRODUCTS = 4
+
+
+class NoProduct(Refused):
+    """No further product in the logits can be the scores."""
+
+
+def _matched(mirror: Mirror, candidate: Candidate, index: Index, extents: Extents, rank: int) -> Match:
+    """The match that takes the product of the given ``rank`` for the scores."""
     for _ in range(8):
-        attempt = _Attempt(mirror, candidate, index, extents)
+        attempt = _Attempt(mirror, candidate, index, extents, rank)
         try:
             split = attempt.wanted_split()
         except Stale as stale:
@@ -75,20 +84,32 @@ def match(mirror: Mirror, candidate: Candidate) -> Match:
 class _Attempt:
     """One reading of a candidate with the result's axes written in given symbols."""
 
-    def __init__(self, mirror: Mirror, candidate: Candidate, index: Index, extents: Extents) -> None:
-        self.mirror, self.candidate, self.index = mirror, candidate, index
-        weights = sizes(candidate.normaliser)
+    def __init__(self, mirror: Mirror, candidate: Candidate, index: Index, extents: Extents, rank: int) -> None:
+        self.mirror, self.candidate, self.index, self.rank = mirror, candidate, index, rank
         self.j = sympy.Symbol("t", integer=True, nonnegative=True)
         self.d = sympy.Symbol("d", integer=True, nonnegative=True)
-        length = weights[candidate.axis] if candidate.pattern == "softmax" else sizes(candidate.normaliser.args[1])[-2]  # type: ignore[arg-type]
-        self.extents = Extents({**extents.sizes, self.j: length}, extents.known)
+        if sympy.expand(candidate.summed - candidate.length) != 0:
+            raise Refused(f"{candidate.summed} of its {candidate.length} probabilities are summed")
+        self.extents = Extents({**extents.sizes, self.j: candidate.length}, extents.known)
         self.lifter = self.new_lifter(None)
-        self.weights = candidate.weights(self.lifter, index, Int(self.j))
+        self.weights = self._probability().indices
         if self.weights[candidate.axis] != Int(self.j):
             raise Refused(f"the softmax runs over axis {candidate.axis}, which is not the axis that the values are summed over")
 
+    def _probability(self) -> Load:
+        """Where the result reads the normaliser."""
+        read = self.candidate.probabilities(self._onwards(), self.index, Int(self.j))
+        found = {n for n in expr.walk(read) if isinstance(n, Load) and n.slot is self.candidate.normaliser}
+        if len(found) != 1:
+            raise Refused("its probabilities are mixed with others before the values are summed")
+        return found.pop()
+
     def new_lifter(self, inner: tuple[sympy.Symbol, sympy.Symbol] | None) -> Lifter:
         return Lifter(self.mirror, self.extents.ranges, at=self.candidate.output, inner=inner)
+
+    def _onwards(self, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None) -> Lifter:
+        way = self.candidate
+        return Lifter(self.mirror, self.extents.ranges, at=way.output, inner=inner, stop=way.normaliser, course=way.consumed)
 
     def wanted_split(self) -> tuple[sympy.Symbol, sympy.Expr] | None:
         """A folded axis that has to be taken apart first, to follow the weights or to see shared key heads."""
@@ -127,27 +148,30 @@ class _Attempt:
         dots = [(n.slot.node, n.indices) for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot)]
         dots = [(node, at) for node, at in dots if any(self.j in expr.symbols(x) for x in at)]
         plain = [(node, at) for node, at in dots if all(isinstance(x, Int) for x in at)]
-        if not plain:
-            raise Refused("no product of queries and keys was found in the logits")
-        # Several contractions may meet in the logits (a bias computed from q): the scores are the last one computed.
-        return max(plain, key=lambda found: self.mirror.position[found[0]])
+        if self.rank >= len(plain):
+            raise NoProduct("no product of queries and keys was found in the logits")
+        # Several products may meet in the logits (biases computed from q): the scores have an axis for the keys alone, and
+        # are mostly the last one computed.
+        plain.sort(key=lambda found: (Int(self.j) not in found[1], -self.mirror.position[found[0]]))
+        return plain[self.rank]
 
     def _roles(self) -> None:
         used = {name: frozenset().union(*(expr.symbols(x) for x in side[0][1])) for name, side in
                 (("q", self.query), ("k", self.key), ("v", self.value))}  # fmt: skip
         order = [s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes]
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
-        self.i = rows[-1] if rows else self._single_row()
+        self.i = rows[-1] if rows else self._single_row()  # one query, with keys of its own for everything else
         columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
         if len(columns) != 1:
             raise Refused("the values do not have exactly one axis of their own")
         self.dv = columns[0]
         self.batch = [s for s in dict.fromkeys(order) if s not in (self.i, self.j)]
+        spread = [s for s in self.batch if s in used["k"] and s not in used["v"]]
+        if not rows and spread:
+            raise Refused("its keys differ for every query and its values do not: the scores are mixed by another product")
 
     def _single_row(self) -> sympy.Symbol:
-        """One query only: its axis has size one and may have vanished in a view."""
-        if not any(n == 1 for n in self.extents.sizes.values()):
-            raise Refused("no axis of the scores belongs to the queries alone")
+        """No axis belongs to queries alone: each has keys of its own, and is an attention with one query."""
         row = sympy.Symbol("row", integer=True, nonnegative=True)
         self.extents = Extents({**self.extents.sizes, row: sympy.Integer(1)}, self.extents.known)
         return row
@@ -232,19 +256,18 @@ class _Attempt:
         if scale != 1.0:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
-        z, factors = _without_factors(z)
-        logits = separate(_folded(_canonical(z, layout, self.extents)))
-        _tame(logits.score)
-        score, keep, loads = self._numbered(logits.score, logits.keep)
-        fill = logits.fill
-        empty = (
-            "zero" if self.candidate.empty_rows == "zero" and fill == float("-inf") else "nan" if fill == float("-inf") else "fill"
-        )
-        if self.candidate.empty_rows == "underflow" and empty == "fill" and keep != expr.TRUE:
-            raise Refused(f"its softmax takes no row maximum off, so that a query whose keys all have the fill {fill:g} gives NaN")
+        z, factors = without_factors(z)
+        found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
+        made = program(
+            canonical(z, layout, self.extents), replace(found, weight=canonical(found.weight, layout, self.extents)),
+            self.candidate.empty_rows, self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
+        )  # fmt: skip
+        if made.weight != ONE:
+            raise Refused(f"its probabilities are multiplied by {made.weight} after the softmax")
+        (score, keep, weight), loads = numbered(self.mirror, self.candidate.output, made.score, made.keep, made.weight)
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
-        dtypes = [_narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
+        dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
         if len(set(dtypes)) != 1:
             raise Refused(f"queries, keys and values have dtypes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}")
         product = self._product
@@ -255,8 +278,8 @@ class _Attempt:
             batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
             head_dim=self._number(layout.d, "head_dim"), value_dim=self._number(layout.dv, "value head_dim"),
-            dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=fill, additive=logits.additive,
-            empty_rows=empty, dropout=self.candidate.dropout,
+            dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
+            empty_rows=made.empty_rows, dropout=self.candidate.dropout,
             side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and self.mirror.requires_grad(n)) for n in loads),
             requires_grad=grad,
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
@@ -271,119 +294,3 @@ class _Attempt:
         if not size.is_Integer:
             raise Refused(f"its {name} is {size}, not known before run time")
         return int(size)
-
-    def _numbered(self, score: Expr, keep: Expr) -> tuple[Expr, Expr, list[fx.Node]]:
-        """Both expressions with loads numbered in order of appearance."""
-        loads: dict[fx.Node, int] = {}
-
-        def number(node: Expr) -> Expr | None:
-            if not isinstance(node, Load):
-                return None
-            source = node.slot.node if isinstance(node.slot, Dot) else node.slot
-            assert isinstance(source, fx.Node)
-            if not isinstance(source.meta.get("val"), torch.Tensor):
-                raise Refused(f"{source.name} is a number known only at run time")
-            if isinstance(node.slot, Dot) and operation(source) not in (
-                "aten.matmul",
-                "aten.bmm",
-                "aten.einsum",
-                "aten.mm",
-            ):
-                raise Refused(f"{source.name} is a second product inside the logits")
-            if self.mirror.overwritten(source, self.candidate.output):
-                raise Refused(f"{source.name} is changed in place before the attention is computed")
-            indices = tuple(expr.rebuild(x, number) for x in node.indices)
-            return Load(loads.setdefault(source, len(loads)), indices, node.dtype)
-
-        return expr.rebuild(score, number), expr.rebuild(keep, number), list(loads)
-
-
-#: Above this, float32 keeps too little of a row's log-sum-exp for its gradient.
-_LARGEST = 1e5
-
-
-def _tame(score: Expr) -> None:
-    """Raises Refused for numbers that lift scores out of the reach of a softmax that is computed block by block."""
-    for node in expr.walk(score):
-        if isinstance(node, expr.Const) and node.value > _LARGEST:
-            raise Refused(f"its scores hold the number {node.value:g}; up to {_LARGEST:g} is supported")
-        if isinstance(node, expr.Call) and node.op in ("mul", "div"):
-            low = [a.value for a in node.args if isinstance(a, expr.Const)]
-            if any(x == float("-inf") or (x == 0 and node.op == "div") for x in low):
-                raise Refused("its scores are multiplied by an infinite number")
-
-
-def _without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
-    """``z`` with ``q.k * number`` read as ``q.k`` where the number is known only at run time, and these numbers."""
-    factors: list[fx.Node] = []
-    scaled = expr.Load("scaled", (), torch.float32)
-
-    def strip(node: Expr) -> Expr | None:
-        if isinstance(node, expr.Call) and node.op == "mul":
-            for scored, number in (node.args, node.args[::-1]):
-                if (
-                    isinstance(scored, expr.Score)
-                    and isinstance(number, Load)
-                    and not number.indices
-                    and isinstance(number.slot, fx.Node)
-                ):
-                    factors.append(number.slot)
-                    return scaled
-        return None
-
-    found = expr.rebuild(z, strip)
-    if len(factors) != 1 or any(isinstance(n, expr.Score) for n in expr.walk(found)):
-        return z, ()  # the scores are read in several ways: no one factor of the query gives them all
-    return expr.rebuild(found, lambda n: expr.Score() if n == scaled else None), tuple(factors)
-
-
-def _narrowed(operand: torch.dtype, computed: torch.dtype) -> torch.dtype:
-    """The dtype in which a contraction reads an operand: autocast narrows float32 to the dtype of the result."""
-    return computed if operand == torch.float32 and computed in (torch.float16, torch.bfloat16) else operand
-
-
-def _canonical(z: Expr, layout: Layout, extents: Extents) -> Expr:
-    """``z`` in the canonical index symbols b, h, i, j."""
-    mapping = {layout.i: INDEX["i"], layout.j: INDEX["j"]}
-    ranges = Ranges(
-        {},
-        {
-            INDEX["b"]: _total(layout.batch, extents) - 1,
-            INDEX["h"]: _total((*layout.heads, *layout.groups), extents) - 1,
-        },
-    )
-    for name, atoms in (("b", layout.batch), ("h", (*layout.heads, *layout.groups))):
-        below = sympy.Integer(1)
-        for k, atom in reversed(list(enumerate(atoms))):
-            digit = floordiv(INDEX[name], below)
-            mapping[atom] = digit if k == 0 else modulo(digit, extents.sizes[atom], ranges)
-            below = sympy.expand(below * extents.sizes[atom])
-    return expr.substitute(z, mapping)
-
-
-def _total(atoms: Sequence[sympy.Symbol], extents: Extents) -> sympy.Expr:
-    return sympy.expand(sympy.Mul(*(extents.sizes[s] for s in atoms)))
-
-
-def _folded(z: Expr) -> Expr:
-    """``(x * c) * d`` as ``x * (c * d)`` for number factors of the score: one multiplication in the tile."""
-
-    def fold(node: Expr) -> Expr | None:
-        if isinstance(node, expr.Call) and node.op in ("mul", "div") and isinstance(node.args[1], expr.Const):
-            inner = fold(node.args[0]) or node.args[0]
-            by = float(node.args[1].value)
-            if by == 0 and node.op == "div":
-                return None
-            if (
-                isinstance(inner, expr.Call)
-                and inner.op == "mul"
-                and isinstance(inner.args[0], expr.Score)
-                and isinstance(inner.args[1], expr.Const)
-            ):
-                factor = float(inner.args[1].value) * by if node.op == "mul" else float(inner.args[1].value) / by
-                return expr.call("mul", inner.args[0], expr.Const(factor, torch.float64), dtype=torch.float32)
-            if isinstance(inner, expr.Score):
-                return expr.call("mul", inner, expr.Const(by if node.op == "mul" else 1 / by, torch.float64), dtype=torch.float32)
-        return None
-
-    return expr.rebuild(z, fold)

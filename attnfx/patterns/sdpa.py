@@ -36,8 +36,8 @@ def _candidate(node: fx.Node) -> Candidate:
     value = node.args[2]
     assert isinstance(value, fx.Node)
 
-    def weights(lifter: Lifter, index: Index, t: Expr) -> Index:
-        return (*index[:-1], t)
+    def probabilities(lifter: Lifter, index: Index, t: Expr) -> Expr:
+        return expr.Load(node, (*index[:-1], t), torch.float32)
 
     def values(index: Index, t: Expr) -> tuple[fx.Node, Index]:
         # Values share the layout of keys: let the contraction place batch and head axes.
@@ -49,8 +49,10 @@ def _candidate(node: fx.Node) -> Candidate:
         normaliser=node,
         output=node,
         axis=len(sizes(node)) - 1,
+        length=sizes(node.args[1])[-2],  # type: ignore[arg-type]
+        summed=sizes(value)[-2],
         logits=lambda lifter, index: _logits(lifter, node, index),
-        weights=weights,
+        probabilities=probabilities,
         values=values,
         empty_rows="zero",
         dropout=float(argument(node, 4, "dropout_p", 0.0)),

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import sympy
 from torch import fx
 
 from attnfx import expr
 from attnfx.capture import Mirror, is_tensor, sizes
-from attnfx.expr import Expr
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction, contraction
-from attnfx.patterns.lift import _MOVES, Index, Lifter, operation
+from attnfx.patterns.lift import operation
 from attnfx.patterns.lift_moves import argument
-
-_CASTS = ("aten.to", "aten._to_copy", "aten.type_as")
-_DROPOUT = ("aten.dropout", "aten.dropout_", "aten.native_dropout")
+from attnfx.patterns.probabilities import Course, course
 
 
 def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
@@ -76,80 +72,42 @@ def _row_maximum(top: object, source: fx.Node, axis: int, rank: int) -> bool:
 
 
 def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Iterator[Candidate | tuple[fx.Node, str]]:
-    ends, path, dropout = _forward(node)
-    if len(ends) != 1:
-        if ends:
-            yield node, f"its probabilities are contracted {len(ends)} times"
+    way = course(mirror, node)
+    if not way.ends:
         return
-    end = ends[0]
-    leaves = [user.name for step in path for user in step.users if user is not end and user not in path]
-    leaves += ["the caller, as an output of the model" for step in path if mirror.leaves_graph(step)]
-    if leaves:
-        yield node, f"its probabilities are also used by {leaves[0]}"
+    if way.leaves:
+        yield node, f"its probabilities are also used by {way.leaves[0]}"
         return
-    if mirror.requires_grad(end) and any(map(mirror.severed, path)):
-        yield node, "its probabilities are detached from the graph of gradients"
+    if len(way.ends) > 1 and way.dropout:
+        yield node, f"its dropped probabilities are contracted {len(way.ends)} times"
         return
-    multiplied = contraction(end)
-    assert multiplied is not None
-    if sympy.expand(multiplied.summed - sizes(logits)[axis]) != 0:
-        yield node, f"{multiplied.summed} of its {sizes(logits)[axis]} probabilities are summed"
-        return
-    on_left = multiplied.left in path
-    if on_left == (multiplied.right in path):
-        yield node, "its probabilities are multiplied by themselves"
-        return
-    yield _candidate(node, logits, axis, multiplied, on_left, frozenset(path), dropout)
+    for end in way.ends:
+        if mirror.requires_grad(end) and any(map(mirror.severed, way.path)):
+            yield node, "its probabilities are detached from the graph of gradients"
+            return
+    for end in way.ends:
+        multiplied = contraction(end)
+        assert multiplied is not None
+        if (multiplied.left in way.path) == (multiplied.right in way.path):
+            yield node, "its probabilities are multiplied by themselves"
+            return
+        yield _candidate(node, logits, axis, multiplied, way)
 
 
-def _cast(node: fx.Node) -> bool:
-    """Whether a node converts probabilities to a type that still holds probabilities."""
-    if operation(node) not in _CASTS:
-        return False
-    dtype = node.meta["val"].dtype
-    return bool(dtype.is_floating_point and dtype.itemsize >= 2)
-
-
-def _forward(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node], float]:
-    """The contractions that the weights reach, the nodes on the way, and the dropout met there."""
-    path, ends, dropout, queue = [node], [], 0.0, [node]
-    while queue:
-        for user in queue.pop().users:
-            if user in path or user in ends:
-                continue
-            if contraction(user) is not None:
-                ends.append(user)
-            elif operation(user) in _MOVES or _cast(user) or operation(user) in _DROPOUT:
-                path.append(user)
-                queue.append(user)
-                if operation(user) in _DROPOUT and argument(user, 2, "train", False):
-                    dropout = 1 - (1 - dropout) * (1 - float(argument(user, 1, "p")))
-    return ends, path, dropout
-
-
-def _candidate(
-    node: fx.Node, logits: fx.Node, axis: int, end: Contraction, on_left: bool, path: frozenset[fx.Node], dropout: float
-) -> Candidate:
-    def weights(lifter: Lifter, index: Index, t: Expr) -> Index:
-        at, place = end.sides(index, t)[0 if on_left else 1]
-        while at is not node:
-            if operation(at) in _CASTS or operation(at) in _DROPOUT:
-                at = at.args[0]  # type: ignore[assignment]
-            else:
-                step = lifter.moved(at, place)
-                assert step is not None
-                at, place = step
-        return place
-
+def _candidate(node: fx.Node, logits: fx.Node, axis: int, end: Contraction, way: Course) -> Candidate:
+    side = 0 if end.left in way.path else 1
     return Candidate(
         pattern="softmax",
         normaliser=node,
         output=end.node,
         axis=axis,
+        length=sizes(logits)[axis],
+        summed=end.summed,
         logits=lambda lifter, index: lifter.broadcast(logits, index) if is_tensor(logits) else expr.lift(0),
-        weights=weights,
-        values=lambda index, t: end.sides(index, t)[1 if on_left else 0],
+        probabilities=lambda lifter, index, t: end.element(side, lifter, index, t),
+        values=lambda index, t: end.sides(index, t)[1 - side],
         empty_rows=_empty_rows(node, logits),
-        dropout=dropout,
-        consumed=path | {end.node},
+        dropout=way.dropout,
+        consumed=way.path | {end.node},
+        shared=len(way.ends),
     )

@@ -1,0 +1,177 @@
+"""The score program of a match: lifted logits and probabilities in canonical indices, as score, keep, fill and weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+from torch import fx
+
+from attnfx import expr
+from attnfx.capture import Mirror
+from attnfx.expr import INDEX, Expr, Load
+from attnfx.facts import prove
+from attnfx.integers import Ranges, floordiv, modulo
+from attnfx.patterns.axes import Extents
+from attnfx.patterns.candidate import Layout, Refused
+from attnfx.patterns.lift import Dot, operation
+from attnfx.patterns.probabilities import ONE, Factor, support
+from attnfx.patterns.separate import Logits, separate
+
+
+@dataclass(frozen=True)
+class Program:
+    """``score`` where ``keep``, else ``fill``; what a query without keys gives; the weight of the probabilities."""
+
+    score: Expr
+    keep: Expr
+    fill: float
+    additive: bool
+    empty_rows: str
+    weight: Expr = ONE
+
+
+def program(z: Expr, found: Factor, empty_rows: str, length_q: sympy.Expr, length_k: sympy.Expr, known: Ranges) -> Program:
+    """Canonical logits ``z`` and the factor of their probabilities, taken apart. ``empty_rows``: what the normaliser itself
+    does with a row that is -inf throughout: "nan", "zero", or "underflow" where no row maximum is taken off."""
+    logits = separate(folded(z))
+    tame(logits.score)
+    infinite = logits.fill == -math.inf
+    if empty_rows == "underflow" and not infinite and logits.keep != expr.TRUE:
+        raise Refused(
+            f"its softmax takes no row maximum off, so that a query whose keys all have the fill {logits.fill:g} gives NaN"
+        )
+    empty = "fill" if not infinite else "zero" if empty_rows == "zero" or found.guarded else "nan"
+    made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight)
+    return _remasked(made, logits, prove(logits.keep, length_q, length_k, known).nonempty)
+
+
+#: A fill at least this low leaves a masked key no probability beside any kept one.
+_HOPELESS = -1e30
+
+
+def _remasked(made: Program, logits: Logits, nonempty: bool) -> Program:
+    """Probabilities masked again after the softmax: the same mask only settles what a query without keys gives."""
+    again, rest = support(made.weight)
+    if again == expr.TRUE:
+        return made
+    if again == logits.keep and made.fill <= _HOPELESS:
+        return replace(made, fill=-math.inf, additive=False, empty_rows="zero", weight=rest)
+    if made.empty_rows == "nan" and not nonempty and logits.keep != expr.TRUE:
+        raise Refused("its probabilities are masked again, by another mask, and a query without keys would give NaN in part")
+    return made
+
+
+#: Above this, float32 keeps too little of a row's log-sum-exp for its gradient.
+_LARGEST = 1e5
+
+
+def tame(score: Expr) -> None:
+    """Raises Refused for numbers that lift scores out of the reach of a softmax that is computed block by block."""
+    for node in expr.walk(score):
+        if isinstance(node, expr.Const) and node.value > _LARGEST:
+            raise Refused(f"its scores hold the number {node.value:g}; up to {_LARGEST:g} is supported")
+        if isinstance(node, expr.Call) and node.op in ("mul", "div"):
+            low = [a.value for a in node.args if isinstance(a, expr.Const)]
+            if any(x == float("-inf") or (x == 0 and node.op == "div") for x in low):
+                raise Refused("its scores are multiplied by an infinite number")
+
+
+def without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
+    """``z`` with ``q.k * number`` read as ``q.k`` where the number is known only at run time, and these numbers."""
+    factors: list[fx.Node] = []
+    scaled = expr.Load("scaled", (), torch.float32)
+
+    def strip(node: Expr) -> Expr | None:
+        if isinstance(node, expr.Call) and node.op == "mul":
+            for scored, number in (node.args, node.args[::-1]):
+                if (
+                    isinstance(scored, expr.Score)
+                    and isinstance(number, Load)
+                    and not number.indices
+                    and isinstance(number.slot, fx.Node)
+                ):
+                    factors.append(number.slot)
+                    return scaled
+        return None
+
+    found = expr.rebuild(z, strip)
+    if len(factors) != 1 or any(isinstance(n, expr.Score) for n in expr.walk(found)):
+        return z, ()  # the scores are read in several ways: no one factor of the query gives them all
+    return expr.rebuild(found, lambda n: expr.Score() if n == scaled else None), tuple(factors)
+
+
+def narrowed(operand: torch.dtype, computed: torch.dtype) -> torch.dtype:
+    """The dtype in which a contraction reads an operand: autocast narrows float32 to the dtype of the result."""
+    return computed if operand == torch.float32 and computed in (torch.float16, torch.bfloat16) else operand
+
+
+def canonical(z: Expr, layout: Layout, extents: Extents) -> Expr:
+    """``z`` in the canonical index symbols b, h, i, j."""
+    mapping = {layout.i: INDEX["i"], layout.j: INDEX["j"]}
+    ranges = Ranges(
+        {},
+        {
+            INDEX["b"]: _total(layout.batch, extents) - 1,
+            INDEX["h"]: _total((*layout.heads, *layout.groups), extents) - 1,
+        },
+    )
+    for name, atoms in (("b", layout.batch), ("h", (*layout.heads, *layout.groups))):
+        below = sympy.Integer(1)
+        for k, atom in reversed(list(enumerate(atoms))):
+            digit = floordiv(INDEX[name], below)
+            mapping[atom] = digit if k == 0 else modulo(digit, extents.sizes[atom], ranges)
+            below = sympy.expand(below * extents.sizes[atom])
+    return expr.substitute(z, mapping)
+
+
+def _total(atoms: Sequence[sympy.Symbol], extents: Extents) -> sympy.Expr:
+    return sympy.expand(sympy.Mul(*(extents.sizes[s] for s in atoms)))
+
+
+def folded(z: Expr) -> Expr:
+    """``(x * c) * d`` as ``x * (c * d)`` for number factors of the score: one multiplication in the tile."""
+
+    def fold(node: Expr) -> Expr | None:
+        if isinstance(node, expr.Call) and node.op in ("mul", "div") and isinstance(node.args[1], expr.Const):
+            inner = fold(node.args[0]) or node.args[0]
+            by = float(node.args[1].value)
+            if by == 0 and node.op == "div":
+                return None
+            if (
+                isinstance(inner, expr.Call)
+                and inner.op == "mul"
+                and isinstance(inner.args[0], expr.Score)
+                and isinstance(inner.args[1], expr.Const)
+            ):
+                factor = float(inner.args[1].value) * by if node.op == "mul" else float(inner.args[1].value) / by
+                return expr.call("mul", inner.args[0], expr.Const(factor, torch.float64), dtype=torch.float32)
+            if isinstance(inner, expr.Score):
+                return expr.call("mul", inner, expr.Const(by if node.op == "mul" else 1 / by, torch.float64), dtype=torch.float32)
+        return None
+
+    return expr.rebuild(z, fold)
+
+
+def numbered(mirror: Mirror, at: fx.Node, *programs: Expr) -> tuple[tuple[Expr, ...], list[fx.Node]]:
+    """``programs`` with their loads numbered in order of appearance, and the nodes that they load, readable at ``at``."""
+    loads: dict[fx.Node, int] = {}
+
+    def number(node: Expr) -> Expr | None:
+        if not isinstance(node, Load):
+            return None
+        source = node.slot.node if isinstance(node.slot, Dot) else node.slot
+        assert isinstance(source, fx.Node)
+        if not isinstance(source.meta.get("val"), torch.Tensor):
+            raise Refused(f"{source.name} is a number known only at run time")
+        if isinstance(node.slot, Dot) and operation(source) not in ("aten.matmul", "aten.bmm", "aten.einsum", "aten.mm"):
+            raise Refused(f"{source.name} is a second product inside the logits")
+        if mirror.overwritten(source, at):
+            raise Refused(f"{source.name} is changed in place before the attention is computed")
+        indices = tuple(expr.rebuild(x, number) for x in node.indices)
+        return Load(loads.setdefault(source, len(loads)), indices, node.dtype)
+
+    return tuple(expr.rebuild(p, number) for p in programs), list(loads)
