@@ -11,6 +11,7 @@ from attnfx.capture import Mirror
 from attnfx.patterns import lift_gathers, lift_moves, lift_values, sdpa, softmax  # noqa: F401 - the rules register themselves
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
+from attnfx.patterns.lookalikes import lookalikes
 from attnfx.patterns.matcher import Match, match
 
 _FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find)
@@ -38,6 +39,8 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
                 found.append(match(mirror, item))
             except (Refused, Stale) as refusal:
                 missed.append(NearMiss(item.normaliser, item.pattern, str(refusal)))
+    told = {m.candidate.normaliser for m in found} | {m.node for m in missed} | {n for m in found for n in m.candidate.consumed}
+    missed += [NearMiss(node, "lookalike", reason) for node, reason in lookalikes(mirror, told)]
     # Probabilities that end in several contractions are not needed any more only if each of these is an attention.
     lost = {m.node for m in missed}
     found = [m for m in found if m.candidate.normaliser not in lost]
