@@ -152,8 +152,9 @@ def attention(
     v: torch.Tensor,
     loads: Sequence[torch.Tensor],
     sizes: Sequence[int],
-) -> torch.Tensor:
-    """The meaning of ``site`` in the dtype of ``q``, with S x S tensors: q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,Dv) -> (B,H,M,Dv)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The meaning of ``site`` in the dtype of ``q``, with S x S tensors: q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,Dv) ->
+    (B,H,M,Dv), and the natural LSE (B,H,M)."""
     heads, groups = q.shape[1], q.shape[1] // max(k.shape[1], 1)
     k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
     grid = grid_of(q.shape[0], heads, range(q.shape[2]), range(k.shape[2]), q.device)
@@ -162,7 +163,14 @@ def attention(
     z = evaluate(site.score, grid, loads, values, score=dots, dtype=q.dtype, clamp=True).expand(dots.shape)
     keep = evaluate(site.keep, grid, loads, values, clamp=True).expand(dots.shape)
     z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)) if site.additive else z.masked_fill(~keep, site.fill)
-    weights = z.softmax(-1)
+    if site.sink is not None:
+        one_key = {**grid, "j": grid["j"].new_zeros(1, 1, 1, 1)}
+        sink = evaluate(site.sink, one_key, loads, values, dtype=q.dtype, clamp=True).to(q.dtype)
+        z = torch.cat([z, sink.expand(*z.shape[:3], 1)], -1)
+    weights, lse = z.softmax(-1), z.logsumexp(-1)
     if site.empty_rows == "zero":
         weights = weights.masked_fill((z == float("-inf")).all(-1, keepdim=True), 0.0)
-    return weights @ v
+    weights = weights[..., : k.shape[2]]
+    if site.weight != expr.ONE:
+        weights = weights * evaluate(site.weight, grid, loads, values, dtype=q.dtype, clamp=True).to(q.dtype)
+    return weights @ v, lse

@@ -48,6 +48,7 @@ __all__ = [
     "COMPARE",
     "FALSE",
     "INDEX",
+    "ONE",
     "OPERATIONS",
     "TRUE",
     "UNARY",
@@ -66,6 +67,7 @@ __all__ = [
 
 TRUE = Const(True, torch.bool)
 FALSE = Const(False, torch.bool)
+ONE = Const(1.0, torch.float32)
 
 
 def index(name: str) -> Int:

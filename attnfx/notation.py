@@ -114,10 +114,14 @@ def mask(site: AttentionSite) -> str:
 
 
 def line(site: AttentionSite) -> str:
-    """The site in one line: ``softmax(0.125·q·k | causal) v  [B=1 H=32/8 M=N=2048 D=128 bf16]``."""
+    """The site in one line: ``softmax(0.125·q·k | causal) v  [B=1 H=32/8 M=N=2048 D=128 bf16]``; a sink stands behind the
+    mask, ``| causal, sink T0[h])``, and a factor of the probabilities in front, ``T1[h]·softmax(``."""
     shape = f"B={site.batch} H={site.heads}" + (f"/{site.key_heads}" if site.key_heads != site.heads else "")
     lengths = f"M=N={site.queries}" if site.queries == site.keys else f"M={site.queries} N={site.keys}"
     width = f"D={site.head_dim}" + (f"/{site.value_dim}" if site.value_dim != site.head_dim else "")
     fill = "" if site.facts.full or math.isinf(site.fill) else f" else {'+' if site.additive else ''}{number(site.fill)}"
     drop = f", dropout {site.dropout:g}" if site.dropout else ""
-    return f"softmax({formula(site.score)} | {mask(site)}{fill}{drop}) v  [{shape} {lengths} {width} {short(site.dtype)}]"
+    sink = "" if site.sink is None else f", sink {formula(site.sink)}"
+    weight = "" if site.weight == expr.ONE else f"{formula(site.weight, 5)}·"
+    weights = f"{weight}softmax({formula(site.score)} | {mask(site)}{fill}{sink}{drop})"
+    return f"{weights} v  [{shape} {lengths} {width} {short(site.dtype)}]"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+#: Operators whose sixth argument is a plan.
+_CARRIERS = ("attnfx.attention.default", "attnfx.attention_lse.default")
+
 
 def readable(gm: fx.GraphModule) -> str:
     """The graph's code; the JSON text of a plan is replaced by the formula of its site."""
@@ -11,7 +14,7 @@ def readable(gm: fx.GraphModule) -> str:
 
     code = gm.print_readable(print_output=False)
     for node in gm.graph.nodes:
-        if node.op == "call_function" and str(node.target) == "attnfx.attention.default":
+        if node.op == "call_function" and str(node.target) in _CARRIERS:
             text = node.args[5]
             code = code.replace(repr(text), f"plan({str(KernelPlan.from_json(text).site)!r})")
     return str(code)

@@ -210,6 +210,7 @@ def read_symbol(value: Json) -> sympy.Symbol:
 
 _INTEGER_FIELDS = ("batch", "heads", "key_heads", "queries", "keys")
 _RANGES = ("ranges_low", "ranges_high")
+_EXPRESSIONS = ("score", "keep", "weight")
 _PLAIN: dict[str, tuple[type, ...]] = {
     "head_dim": (int,), "value_dim": (int,), "device": (str,), "additive": (bool,), "empty_rows": (str,), "requires_grad": (bool,),
 }  # fmt: skip
@@ -223,12 +224,13 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
     data["dtype"] = write_dtype(site.dtype)
     data["fill"], data["dropout"] = write_number(float(site.fill)), write_number(float(site.dropout))
     data["side"] = [_side_to_data(t) for t in site.side]
-    data["score"], data["keep"] = writer.add(site.score), writer.add(site.keep)
+    data |= {name: writer.add(getattr(site, name)) for name in _EXPRESSIONS}
+    data["sink"] = None if site.sink is None else writer.add(site.sink)
     return data
 
 
 def site_from_data(data: Json, reader: Reader) -> AttentionSite:
-    known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, "dtype", "fill", "dropout", "side", "score", "keep"}
+    known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, *_EXPRESSIONS, "dtype", "fill", "dropout", "side", "sink"}
     fields(data, "site", known)
     values: dict[str, Any] = {name: read_integer(data[name]) for name in _INTEGER_FIELDS}
     for name, types in _PLAIN.items():
@@ -240,7 +242,8 @@ def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     for name in _RANGES:
         values[name] = tuple(_bound(pair) for pair in _list(data[name], name))
     values["side"] = tuple(_side(t) for t in _list(data["side"], "side"))
-    values |= {"dtype": read_dtype(data["dtype"]), "score": reader.get(data["score"]), "keep": reader.get(data["keep"])}
+    values |= {"dtype": read_dtype(data["dtype"]), "sink": None if data["sink"] is None else reader.get(data["sink"])}
+    values |= {name: reader.get(data[name]) for name in _EXPRESSIONS}
     values |= {name: float(read_number(data[name])) for name in ("fill", "dropout")}
     return AttentionSite(**values)
 

@@ -2,7 +2,8 @@
 
     z(b,h,i,j) = score(q_i . k_j)                       the score program, float32
     z          = keep ? z : fill   (or z + fill)        the mask, as the model spells it
-    O(b,h,i)   = dropout(softmax_j z) v_j
+    p          = exp(z) / (exp(sink) + sum_j exp(z))    the softmax; without a sink its term is absent
+    O(b,h,i)   = sum_j weight * dropout(p) * v_j
 
 Letters: b batch, h query head, i query, j key, d head_dim; sizes B, H (Hk key heads), M queries, N keys, D, Dv.
 """
@@ -23,7 +24,7 @@ from attnfx.integers import Ranges
 
 @dataclass(frozen=True)
 class SideTensor:
-    """A tensor that score or keep loads from: its sizes, dtype, and whether a gradient of it is wanted."""
+    """A tensor that the expressions load from: its sizes, dtype, and whether a gradient of it is wanted."""
 
     shape: tuple[sympy.Expr, ...]
     dtype: torch.dtype
@@ -47,6 +48,10 @@ class AttentionSite:
     ``additive``: what the
     model puts (or adds) where keep is false; ``empty_rows``: what a query without keys gives: ``"nan"`` (plain softmax of -inf),
     ``"zero"`` (torch's scaled_dot_product_attention), or ``"fill"`` (a finite fill: the softmax over all keys).
+
+    ``sink``: the logit, in b, h and i, of one key more that has no value (gpt-oss; arXiv:2309.17453): a row whose other keys
+    are all -inf then gives 0. ``weight``: a finite factor of the probabilities after the softmax, in b, h, i and j, without
+    :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator does not know it.
     """
 
     batch: sympy.Expr
@@ -64,6 +69,8 @@ class AttentionSite:
     additive: bool = False
     empty_rows: str = "nan"
     dropout: float = 0.0
+    sink: Expr | None = None
+    weight: Expr = expr.ONE
     side: tuple[SideTensor, ...] = ()
     requires_grad: bool = False
     ranges_low: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
@@ -97,9 +104,14 @@ class AttentionSite:
 
     @property
     def symbols(self) -> tuple[sympy.Symbol, ...]:
-        """The size symbols that score and keep mention, sorted by name: the numbers a kernel needs at run time."""
-        used = expr.symbols(self.score) | expr.symbols(self.keep)
+        """The size symbols that the expressions mention, sorted by name: the numbers a kernel needs at run time."""
+        used = frozenset().union(*map(expr.symbols, self.expressions))
         return tuple(sorted(used - set(expr.INDEX.values()), key=str))
+
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        """Everything that may load or mention a size: score, keep, sink where there is one, weight."""
+        return (self.score, self.keep, *(() if self.sink is None else (self.sink,)), self.weight)
 
     @property
     def scale(self) -> float | None:
@@ -126,6 +138,12 @@ class AttentionSite:
 
         ``sizes`` are the values of :attr:`symbols`. No dropout. The oracle of the tests.
         """
+        return self.reference_lse(q, k, v, *loads, sizes=sizes)[0]
+
+    def reference_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *loads: torch.Tensor, sizes: tuple[int, ...] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`reference`, and the natural log of each row's softmax denominator, the sink included: (B,H,M)."""
         from attnfx.evaluate import attention
 
         return attention(self, q, k, v, loads, sizes)

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ EXACT = Program(
     samples.relative_bias, samples.plain_grad, samples.causal, samples.causal_keys, samples.causal_rows,
     torch.finfo(torch.float32).min, True, True,
 )  # fmt: skip
-PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT}
+WEIGHTED = replace(EXACT, weight=samples.relative_gate)
+PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "bias, finfo.min added, weight": WEIGHTED}
 
 
 def check(targets: Sequence[str] = TARGETS, jobs: Sequence[Job] | None = None, processes: int = 2) -> list[Row]:

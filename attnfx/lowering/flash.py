@@ -25,6 +25,7 @@ class Program:
     score       SCORE(dot, b, h, i, j, loads, ints) -> base-2 logits, fp32
     score_grad  SCORE_GRAD(dot, b, h, i, j, loads, ints) -> d(natural logit) / d(dot), fp32
     keep        KEEP(b, h, i, j, loads, ints) -> bool, or None: everything is kept
+    weight      WEIGHT(b, h, i, j, loads, ints) -> factor of the probabilities after the softmax, fp32, or None: 1
     kv_range    KV_RANGE(i_first, i_last, ints) -> (lo, full_lo, full_hi, hi) of keys, or None: all, none known full
     q_range     the same with the roles of i and j swapped
     fill        what eager puts at a position that is not kept; `additive`: it adds it to the score
@@ -45,6 +46,7 @@ class Program:
     allow_tf32: bool = False
     hidden: float = -math.inf
     empty_zero: bool = False
+    weight: Any | None = None
 
     @property
     def floor(self) -> float:
@@ -268,6 +270,7 @@ class _Launch:
         switches = {
             "SCORE": program.score,
             "KEEP": program.keep,
+            "WEIGHT": program.weight,
             "FILL": program.fill,
             "ADDITIVE": program.additive,
             "EXACT_ROWS": exact,

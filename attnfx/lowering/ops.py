@@ -1,7 +1,8 @@
 """The operators that attention becomes in a compiled graph: `attnfx::attention`, and `attnfx::flash` with its backward.
 
-`attention` is what a graph is given: it builds relative tables and draws the dropout seed with ordinary torch operations, which the
-compiler sees, and calls `flash`, which is opaque. The plan travels as JSON text, so that a cached graph needs nothing else.
+`attention` is what a graph is given: it builds relative tables, draws the dropout seed and applies the sink with ordinary torch
+operations, which the compiler sees, and calls `flash`, which is opaque. `attention_lse` gives the LSE too. The plan travels as
+JSON text, so that a cached graph needs nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import portable
+from attnfx.lowering import outside, portable
 from attnfx.lowering.plan import KernelPlan
 
 LIBRARY: Any = torch.library.Library("attnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -21,7 +22,10 @@ _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _FLASH = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, Tensor? seed, str plan"
 _RESULT = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum, Tensor degenerate"
 
-LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan) -> Tensor")
+_ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan"
+
+LIBRARY.define(f"attention({_ATTENTION}) -> Tensor")
+LIBRARY.define(f"attention_lse({_ATTENTION}) -> (Tensor out, Tensor lse)")
 LIBRARY.define(f"flash({_FLASH}) -> ({_RESULT})", tags=_TAGS)
 LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]", tags=_TAGS)
 
@@ -32,6 +36,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor]
     ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable once, in query, key, value and
     the side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
     """
+    return _attention(query, key, value, loads, sizes, plan, with_lse=False)[0]
+
+
+def attention_lse(
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and the LSE (B,H,M): the natural log of each row's softmax denominator, a sink's term included.
+
+    float32, for a float64 query float64; -inf for a row whose keys are all -inf and that has no sink. Gradients flow through both.
+    """
+    return _attention(query, key, value, loads, sizes, plan, with_lse=True)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, with_lse: bool
+) -> tuple[Tensor, Tensor]:
     read = KernelPlan.from_json(plan)
     if len(loads) != read.given:
         raise ValueError(f"{len(loads)} side tensors were given; the plan has {read.given}")
@@ -40,8 +60,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor]
     seed = None
     if read.site.dropout > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-    out: Tensor = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan)[0]
-    return out
+    results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan)
+    if read.has_outside:
+        return outside.applied(read, results, loads, values, with_lse)
+    return results[0], results[1]
 
 
 def _flash_cpu(
@@ -172,6 +194,7 @@ def _register() -> None:
     from attnfx.lowering import mapped
 
     LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
+    LIBRARY.impl("attention_lse", attention_lse, "CompositeImplicitAutograd")
     LIBRARY.impl("flash", _flash_cpu, "CPU")
     LIBRARY.impl("flash", _flash_cuda, "CUDA")
     LIBRARY.impl("flash_backward", _backward_cpu, "CPU")
@@ -180,7 +203,7 @@ def _register() -> None:
     torch.library.register_fake("attnfx::flash_backward", _backward_fake, lib=LIBRARY)
     torch.library.register_autograd("attnfx::flash", _flash_autograd, setup_context=_setup, lib=LIBRARY)
     torch.library.register_autograd("attnfx::flash_backward", _twice, setup_context=_no_setup, lib=LIBRARY)
-    for name in ("attention", "flash", "flash_backward"):
+    for name in ("attention", "attention_lse", "flash", "flash_backward"):
         torch.library.register_vmap(f"attnfx::{name}", mapped.looped(name), lib=LIBRARY)
 
 

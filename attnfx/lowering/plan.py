@@ -20,6 +20,7 @@ from attnfx.facts import Facts, prove
 from attnfx.lowering import tables as relative
 from attnfx.lowering.derivative import derivative, has_score, widened
 from attnfx.lowering.gradients import BiasGradient, find
+from attnfx.lowering.outside import split
 from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
 from attnfx.lowering.tables import KEYS, Table, clamped, size_symbol
 from attnfx.serialize import (
@@ -88,15 +89,36 @@ class KernelPlan:
         return self.site.keep != expr.TRUE
 
     @cached_property
+    def weight(self) -> Expr | None:
+        """The factor of the probabilities that a kernel applies in its tiles."""
+        return split(self.site.weight)[0]
+
+    @cached_property
+    def outer(self) -> Expr | None:
+        """The factor that no key changes, applied to the rows of the output."""
+        return split(self.site.weight)[1]
+
+    @property
+    def has_outside(self) -> bool:
+        """Whether the kernel's output is not yet the site's: there is a sink, or a factor of its rows."""
+        return self.site.sink is not None or self.outer is not None
+
+    @cached_property
+    def tile_expressions(self) -> tuple[Expr, ...]:
+        """What is evaluated inside of a kernel: score, keep, and the weight where it has one."""
+        return (self.site.score, self.site.keep, *(() if self.weight is None else (self.weight,)))
+
+    @cached_property
     def used_slots(self) -> tuple[int, ...]:
-        """The slots that score and keep load from, in order."""
-        nodes = (*expr.walk(self.site.score), *expr.walk(self.site.keep))
+        """The slots that a kernel loads from, in order."""
+        nodes = (n for e in self.tile_expressions for n in expr.walk(e))
         return tuple(sorted({cast(int, n.slot) for n in nodes if isinstance(n, Load)}))
 
     @cached_property
     def kernel_symbols(self) -> tuple[sympy.Symbol, ...]:
-        """The size symbols that score and keep mention: the first of the numbers that a kernel is given."""
-        return self.site.symbols
+        """The size symbols that a kernel's expressions mention: the first of the numbers that it is given."""
+        used = frozenset().union(*map(expr.symbols, self.tile_expressions))
+        return tuple(sorted(used - set(expr.INDEX.values()), key=str))
 
     @property
     def floor(self) -> float:
@@ -111,7 +133,7 @@ class KernelPlan:
     @property
     def empty_zero(self) -> bool:
         """Whether a row without keys gives zeros."""
-        return self.site.empty_rows == "zero"
+        return _gives_zero(self.site)
 
     def values(self, sizes: Sequence[int], keys: int, loads: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
         """The value of every size symbol: the caller's ``sizes``, the number of keys, the sizes of side tensors."""
@@ -131,7 +153,7 @@ class KernelPlan:
 
     @property
     def _expressions(self) -> tuple[Expr, ...]:
-        return self.site.score, self.site.keep, *(t.recipe for t in self.tables)
+        return (*self.site.expressions, *(t.recipe for t in self.tables))
 
     def to_json(self) -> str:
         """One line of JSON; equal plans give equal text."""
@@ -160,7 +182,10 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
     symbols, exact = site.symbols, _needs_exact_rows(site)
     score = widened(clamped(site.score, site))
     score, tables = relative.extract(score, site, len(site.side))
-    ready = site.replace(score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)))
+    ready = site.replace(
+        score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
+        sink=None if site.sink is None else clamped(site.sink, site), weight=clamped(site.weight, site),
+    )  # fmt: skip
     gradients = find(score, ready.side, [t.slot for t in tables])
     if any(isinstance(g, str) for g in gradients):
         return cast(tuple[str, ...], gradients)
@@ -191,14 +216,36 @@ def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
             "the score program has no derivative here: it uses an operation of the scores that is not one of add, sub, mul, "
             "div by what is not a score, neg, tanh, exp, sigmoid, cast, where."
         )
+    if site.sink is not None and expr.depends_on(site.sink, "j"):
+        found.append(f"the sink {site.sink} depends on the key or the score; a sink is one logit for a batch, head and query.")
+    if has_score(site.weight):
+        found.append("the factor of the probabilities depends on the scores; here it is one of positions and side tensors.")
+    learned = _learned(split(site.weight)[0], site)
+    if learned:
+        found.append(
+            f"the factor of the probabilities that changes with the key needs a gradient for side tensor {learned[0]}; "
+            "a gradient is computed for factors of whole rows, those without j."
+        )
     if math.isnan(site.fill) or site.fill > 0:
         found.append(f"the fill is {site.fill}; a mask fills with a negative number or -inf.")
     return tuple(found)
 
 
+def _learned(weight: Expr | None, site: AttentionSite) -> list[int]:
+    """The slots of a factor in the tile whose tensors need a gradient."""
+    loads = [n for n in expr.walk(weight) if isinstance(n, Load)] if weight is not None else []
+    return sorted(cast(int, n.slot) for n in loads if site.side[cast(int, n.slot)].requires_grad)
+
+
+def _gives_zero(site: AttentionSite) -> bool:
+    """Whether a row whose keys are all -inf gives zeros: a sink takes all of such a row."""
+    return site.empty_rows == "zero" or (site.empty_rows == "nan" and site.sink is not None)
+
+
 def _numbered(site: AttentionSite) -> AttentionSite:
-    """Slots as numbers into ``side``, in the order in which score and then keep mention them, unless they are numbers already."""
-    loads = [n for e in (site.score, site.keep) for n in expr.walk(e) if isinstance(n, Load)]
+    """Slots as numbers into ``side``, in the order in which score, keep, sink and weight mention them, unless they are
+    numbers already."""
+    loads = [n for e in site.expressions for n in expr.walk(e) if isinstance(n, Load)]
     slots: dict[Hashable, int] = {}
     for load in loads:
         slots.setdefault(load.slot, len(slots))
@@ -212,12 +259,14 @@ def _numbered(site: AttentionSite) -> AttentionSite:
             return None
         return Load(slots[node.slot], tuple(expr.rebuild(x, leaf) for x in node.indices), node.dtype)
 
-    return site.replace(score=expr.rebuild(site.score, leaf), keep=expr.rebuild(site.keep, leaf))
+    sink = None if site.sink is None else expr.rebuild(site.sink, leaf)
+    made = {name: expr.rebuild(getattr(site, name), leaf) for name in ("score", "keep", "weight")}
+    return site.replace(sink=sink, **made)
 
 
 def _needs_exact_rows(site: AttentionSite) -> bool:
     hidden = _may_hide_a_mask(site.score)
-    if site.empty_rows == "zero" or site.keep == expr.TRUE:
+    if _gives_zero(site) or site.keep == expr.TRUE:
         return hidden
     facts = prove(site.keep, site.queries, site.keys, site.ranges)
     return hidden or not (facts.nonempty or facts.full) or site.fill > UNREACHABLE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnfx.expr import TRUE
+from attnfx.expr import ONE, TRUE
 from attnfx.lowering import mapped
 from attnfx.lowering.ops import LIBRARY
 from attnfx.site import AttentionSite
@@ -30,6 +30,10 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append(f"the scale is {site.scale}; torch's attention takes a positive, finite one.")
     if site.side:
         found.append(f"the scores or the mask load from {len(site.side)} side tensors; torch's fast kernels take none.")
+    if site.sink is not None:
+        found.append("the softmax has a sink; torch's attention has none.")
+    if site.weight != ONE:
+        found.append("the probabilities have a factor after the softmax; torch's attention takes none.")
     if site.keep != TRUE and facts.causal_offset != 0:
         found.append("the mask is neither full nor exactly j <= i.")
     elif site.keep != TRUE and sympy.expand(site.queries - site.keys) != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ MIN32 = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: sizes, program, side tensors, and the same thing said in torch (`logits`, `keep`)."""
+    """One attention: sizes, program, side tensors, and the same thing said in torch (`logits`, `keep`, `weight`)."""
 
     name: str
     program: Program
@@ -30,6 +30,7 @@ class Case:
     ints: tuple[int, ...] | Callable[[Any, tuple[Tensor, ...]], tuple[int, ...]] = ()
     logits: Callable[..., Tensor] = lambda case, dot, loads: dot * SCALE
     keep: Callable[..., Tensor] | None = None
+    weight: Callable[..., Tensor] | None = None
     bias: tuple[str, bool, bool] | None = None  # kind, batch_broadcast, head_broadcast of loads[0]
     dropout: float = 0.0
     layout: str = "contiguous"
@@ -75,6 +76,8 @@ def meaning(
     lse = torch.where(empty[..., 0], -math.inf, torch.logsumexp(z, -1))
     if dropped is not None:
         weights = weights * dropped
+    if case.weight is not None:
+        weights = weights * case.weight(case, loads).to(weights)
     return weights @ v.repeat_interleave(group, 1), lse
 
 
@@ -94,7 +97,9 @@ def dropout_mask(case: Case, q: Tensor, k: Tensor, loads: tuple[Tensor, ...], in
     b, hk, n = k.shape[:3]
     eye = torch.eye(n, device=k.device, dtype=k.dtype).expand(b, hk, n, n)
     config = Config(case.block, case.block, 4, 2)
-    weights, _ = forward(case.program, q, k, eye, loads, ints, dropout_p=case.dropout, seed=seed, config=config)
+    weights, _ = forward(
+        replace(case.program, weight=None), q, k, eye, loads, ints, dropout_p=case.dropout, seed=seed, config=config
+    )
     return (weights != 0).double() / (1 - case.dropout)
 
 

@@ -227,5 +227,60 @@ def dropout_cases() -> Iterator[Case]:
     )
 
 
+def gate_of_table(case: Case, loads: tuple[Tensor, ...]) -> Tensor:
+    return loads[0][:, distances(case, loads[0]) + case.sizes[4] - 1]
+
+
+def gate_of_padding(case: Case, loads: tuple[Tensor, ...]) -> Tensor:
+    return loads[0][:, None, None] * 1.5
+
+
+def gate_of_thirds(case: Case, loads: tuple[Tensor, ...]) -> Tensor:
+    device = loads[0].device if loads else case.extras.get("device")
+    i = torch.arange(case.sizes[3], device=device)[:, None] + torch.arange(case.sizes[1], device=device)[:, None, None]
+    return torch.where((i + 2 * torch.arange(case.sizes[4], device=device)) % 3 == 0, 0.0, 1.25)
+
+
+def weighted_cases() -> Iterator[Case]:
+    gated = {"loads": table_load, "weight": gate_of_table}
+    for program, mask in ((NONE, "dense"), (CAUSAL, "causal"), (filled(CAUSAL, "replaced by finfo.min"), "finfo.min")):
+        ahead = -7 if mask == "finfo.min" else 3
+        yield Case(
+            f"weight {mask}",
+            replace(program, weight=programs.relative_gate),
+            (1, 4, 2, 37, 53, 16, 16),
+            ints=lambda case, loads: (loads[0].stride(0), case.sizes[4] - 1, case.extras["ahead"]),
+            keep=None if program is NONE else with_offset,
+            extras={"ahead": ahead},
+            grad_lse=mask != "finfo.min",
+            **gated,
+        )
+    for fill in ("sdpa zero", "replaced by -1e4", "replaced by -inf"):
+        yield Case(
+            f"weight padding {fill}",
+            replace(filled(NONE, fill), keep=programs.padding, weight=programs.padding_gate),
+            (2, 2, 1, 37, 53, 16, 16),
+            loads=padding_load,
+            ints=lambda case, loads: (case.sizes[4],),
+            keep=lambda case, loads: loads[0][:, None, None],
+            weight=gate_of_padding,
+            slack=300.0 if "1e4" in fill else 1.0,
+            extras={"all padded": True},
+            grad_lse="inf" not in fill,
+        )
+    for kind, dropout in (("tile", 0.0), ("column", 0.0), ("tile", 0.3)):
+        yield Case(
+            f"weight {kind} bias {dropout=}",
+            replace(NONE, score=programs.dense_bias, weight=programs.every_third),
+            (2, 2, 1, 37, 53, 16, 16),
+            loads=bias_load,
+            ints=bias_strides,
+            logits=lambda case, dot, loads: dot * SCALE + loads[0],
+            weight=gate_of_thirds,
+            bias=(kind, True, False),
+            dropout=dropout,
+        )
+
+
 def cases() -> list[Case]:
-    return [*plain_cases(), *masked_cases(), *bias_cases(), *dropout_cases()]
+    return [*plain_cases(), *masked_cases(), *bias_cases(), *dropout_cases(), *weighted_cases()]

@@ -14,6 +14,7 @@ from attnfx.lowering.templates.samples import (
     plain,
     plain_grad,
     relative_bias,
+    relative_gate,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -26,13 +27,16 @@ __all__ = [
     "causal_keys",
     "causal_rows",
     "dense_bias",
+    "every_third",
     "padded_causal",
     "padded_causal_keys",
     "padded_causal_rows",
     "padding",
+    "padding_gate",
     "plain",
     "plain_grad",
     "relative_bias",
+    "relative_gate",
     "softcap",
     "softcap_grad",
     "tanh",
@@ -94,3 +98,14 @@ def window_rows(j_first, j_last, ints):
 def padding(b, h, i, j, loads, ints):
     """loads[0]: bool (B, N), row stride ints[0]."""
     return tl.load(loads[0] + b * ints[0] + j)
+
+
+@triton.jit
+def padding_gate(b, h, i, j, loads, ints):
+    """loads[0]: bool (B, N), row stride ints[0]: 1.5 where it is set, else 0."""
+    return tl.where(tl.load(loads[0] + b * ints[0] + j), 1.5, 0.0)
+
+
+@triton.jit
+def every_third(b, h, i, j, loads, ints):
+    return tl.where((i + 2 * j + h) % 3 == 0, 0.0, 1.25)

@@ -74,7 +74,7 @@ def _block(
     block, p, live, slope = _weights(problem, block, result)
     place, stacked_grad = problem.place_of_keys(block), problem.stacked(wide_grad)
     dweight = problem.unstacked(stacked_grad @ problem.keys_of(problem.v, block).transpose(-1, -2))
-    scale = problem.dropout(block)
+    scale = problem.factor(block)
     survived = p if scale is None else p * scale
     sums[2][place] += problem.stacked(survived).transpose(-1, -2) @ stacked_grad
     dz = (dweight if scale is None else dweight * scale).sub_(delta).mul_(p)
@@ -90,7 +90,7 @@ def _block(
 def _weights(problem: Problem, block: Block, result: Result) -> tuple[Block, Tensor, Tensor | None, Tensor]:
     """The block (of all keys where eager's fill has weight), its weights, what lets gradients through, and d logits / d dot."""
     plan, at = problem.plan, block.place
-    if plan.exact_rows and bool((result.row_sum[at] < 0).any()):
+    if plan.exact_rows and not bool((result.row_sum[at] > 0).all()):  # a sum of NaN too
         block = problem.all_keys(block)
         dot = dots(problem, block)
         z, keep = literal_logits(problem, block, dot)

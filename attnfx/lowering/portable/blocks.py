@@ -181,6 +181,14 @@ class Problem:
         e = self.plan.site.keep
         return evaluate(e, self.grid(block), self.loads, self.values, known=self.known(e, block))
 
+    def factor(self, block: Block) -> Tensor | None:
+        """What multiplies the probabilities after the softmax, broadcastable to (B',H',R,C): weight and dropout; None for 1."""
+        e, drop = self.plan.weight, self.dropout(block)
+        if e is None:
+            return drop
+        found = evaluate(e, self.grid(block), self.loads, self.values, dtype=self.oracle, known=self.known(e, block)).to(self.dtype)
+        return found if drop is None else found * drop
+
     def dropout(self, block: Block) -> Tensor | None:
         p = self.plan.site.dropout
         if p == 0.0:

@@ -123,14 +123,14 @@ def literal_logits(problem: Problem, block: Block, dot: Tensor) -> tuple[Tensor,
 def _store(result: Result, problem: Problem, w: Weights) -> None:
     block, exact = w.block, problem.plan.exact_rows
     literal_zero = exact and not problem.plan.empty_zero  # a sum of 0 means NaN
-    survived, scale = w.p, problem.dropout(w.block)
+    survived, scale = w.p, problem.factor(w.block)
     if scale is not None:
         survived = survived * scale
     total = problem.unstacked(problem.stacked(survived) @ problem.keys_of(problem.v, block))
     row_sum = w.row_sum if literal_zero else w.row_sum.masked_fill(w.row_sum == 0.0, 1.0)
     at = block.place
     result.out[at] = (total / row_sum).to(result.out.dtype)
-    lse = w.row_max + w.row_sum.log()
+    lse = (w.row_max + w.row_sum.log()).masked_fill(w.row_max == -math.inf, -math.inf)
     result.lse[at] = (lse if literal_zero else lse.masked_fill(w.row_sum == 0.0, -math.inf))[..., 0]
     if exact:
         result.row_max[at] = w.row_max[..., 0]

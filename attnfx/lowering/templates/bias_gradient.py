@@ -31,6 +31,7 @@ def flash_bias_gradient(
     batches,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
@@ -110,13 +111,13 @@ def flash_bias_gradient(
             if visit:
                 acc += _tile_gradient(
                     q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
-                    heads, group, M, N, noise, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV,
+                    heads, group, M, N, noise, loads, ints, SCORE, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV,
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
         else:
             acc += _tile_gradient(
                 q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads,
-                group, M, N, noise, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV, BLOCK_M,
+                group, M, N, noise, loads, ints, SCORE, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV, BLOCK_M,
                 BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
@@ -167,6 +168,7 @@ def _tile_gradient(
     ints,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
@@ -209,6 +211,8 @@ def _tile_gradient(
         dot, statistics, i, j, key_ok, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, True,
     )  # fmt: skip
     dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
+    if WEIGHT is not None:
+        dweights = dweights * WEIGHT(b, h, i, j, loads, ints)
     if DROPOUT:
         dweights = dweights * dropout_scale(i, j, bh, noise)
     return logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)

@@ -72,6 +72,7 @@ def flash_query_gradient(
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
@@ -135,13 +136,13 @@ def flash_query_gradient(
     if KEEP is None or KV_RANGE is not None:
         acc = _visit_keys(
             acc, q_tile, grad_tile, keys, values, steps, statistics, full_lo, full_hi, 0, 0, i, N, at, noise, loads,
-            ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
+            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
             BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
         acc = _visit_keys(
             acc, q_tile, grad_tile, keys, values, steps, statistics, lo, hi - gap, full_lo, gap, i, N, at, noise, loads,
-            ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             STAGES, PRECISION,
         )  # fmt: skip
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
@@ -170,6 +171,7 @@ def _visit_keys(
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
@@ -206,6 +208,8 @@ def _visit_keys(
             dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
         )  # fmt: skip
         dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
+        if WEIGHT is not None:
+            dweights = dweights * WEIGHT(b, h, i, j, loads, ints)
         if DROPOUT:
             dweights = dweights * dropout_scale(i, j, bh, noise)
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
@@ -240,6 +244,7 @@ def flash_key_gradient(
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     Q_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
@@ -299,13 +304,13 @@ def flash_key_gradient(
         if KEEP is None or Q_RANGE is not None:
             dk, dv = _visit_rows(
                 dk, dv, k_tile, v_tile, queries, grads, steps, stats, full_lo, full_hi, 0, 0, j, M, at, noise, loads,
-                ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
+                ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
                 BLOCK_DV, STAGES, PRECISION,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
                 dk, dv, k_tile, v_tile, queries, grads, steps, stats, lo, hi - gap, full_lo, gap, j, M, at, noise,
-                loads, ints, SCORE, SCORE_GRAD, KEEP, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
+                loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
                 BLOCK_D, BLOCK_DV, STAGES, PRECISION,
             )  # fmt: skip
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
@@ -337,6 +342,7 @@ def _visit_rows(
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
@@ -378,11 +384,16 @@ def _visit_rows(
         )  # fmt: skip
         # dv before dweights: fewer tiles are alive at once
         survived = weights
+        if WEIGHT is not None:
+            factor = WEIGHT(b, h, i, j, loads, ints)
+            survived = survived * factor
         if DROPOUT:
             scale = dropout_scale(i, j, bh, noise)
-            survived = weights * scale
+            survived = survived * scale
         dv = tl.dot(survived.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
         dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+        if WEIGHT is not None:
+            dweights = dweights * factor
         if DROPOUT:
             dweights = dweights * scale
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)

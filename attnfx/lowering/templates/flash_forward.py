@@ -41,6 +41,7 @@ def flash_forward(
     dropout_p,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     FLOOR: tl.constexpr,
@@ -59,7 +60,7 @@ def flash_forward(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
+    """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
 
     FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
     row degenerate; with EMPTY_ZERO a row of -inf gives zeros and not NaN. With EXACT_ROWS
@@ -105,12 +106,12 @@ def flash_forward(
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
             acc, l, m, q_tile, keys, values, steps, full_lo, full_hi, 0, 0, i, N, at, noise, loads, ints, SCORE, KEEP,
-            FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            WEIGHT, FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, N, at, noise, loads, ints, SCORE,
-            KEEP, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            KEEP, WEIGHT, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -126,7 +127,7 @@ def flash_forward(
                 acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc, l, natural_max = _visit(
                     acc, l, natural_max, q_tile, keys, values, steps, 0, N, 0, 0, i, N, at, noise, loads, ints, SCORE,
-                    KEEP, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                    KEEP, WEIGHT, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
                 )  # fmt: skip
         if EMPTY_ZERO:
             natural_max = tl.where(natural_max == float("-inf"), 0.0, natural_max)
@@ -164,6 +165,7 @@ def _visit(
     ints,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -225,6 +227,8 @@ def _visit(
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         m = m_new
+        if WEIGHT is not None:
+            p = p * WEIGHT(b, h, i, j, loads, ints)
         if DROPOUT:
             p = p * dropout_scale(i, j, bh, noise)
         # v_tile [BLOCK_N, BLOCK_DV]

@@ -26,6 +26,12 @@ def relative_bias(dot, b, h, i, j, loads, ints):
 
 
 @triton.jit
+def relative_gate(b, h, i, j, loads, ints):
+    """A factor of the probabilities from the table that `relative_bias` adds."""
+    return tl.load(loads[0] + h * ints[0] + (i - j + ints[1]))
+
+
+@triton.jit
 def causal(b, h, i, j, loads, ints):
     """ints[-1]: how far ahead a row may see."""
     return j <= i + ints[len(ints) - 1]
