@@ -74,7 +74,7 @@ class Mirror:
         for node in self.graph.nodes:
             if node.target is torch._C._set_grad_enabled:
                 followed = bool(node.args[0])
-            reached = any(n in self._differentiable for n in node.all_input_nodes)
+            reached = any(n in self._differentiable for n in node.all_input_nodes) and not _made_anew(node)
             dynamo = self.dynamo_of.get(node)
             example = _example(dynamo) if dynamo is not None else None
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
@@ -141,6 +141,12 @@ def _differentiable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     floating = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
     return floating and node.target is not torch.ops.aten.detach.default
+
+
+def _made_anew(node: fx.Node) -> bool:
+    """Whether only the sizes of the operands matter (zeros_like, new_full), so that no gradient is lost on the way."""
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _storage(t: torch.Tensor) -> int:

@@ -11,12 +11,12 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.capture import Mirror, sizes
-from attnfx.expr import Int, Load
+from attnfx.expr import Expr, Int, Load
 from attnfx.patterns.axes import Extents, Operand, divisors, history, through_scaling, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
-from attnfx.patterns.probabilities import ONE, factor
+from attnfx.patterns.probabilities import factor
 from attnfx.patterns.program import canonical, narrowed, numbered, program, without_factors
 from attnfx.site import AttentionSite, SideTensor
 
@@ -88,13 +88,23 @@ class _Attempt:
         self.mirror, self.candidate, self.index, self.rank = mirror, candidate, index, rank
         self.j = sympy.Symbol("t", integer=True, nonnegative=True)
         self.d = sympy.Symbol("d", integer=True, nonnegative=True)
-        if sympy.expand(candidate.summed - candidate.length) != 0:
-            raise Refused(f"{candidate.summed} of its {candidate.length} probabilities are summed")
-        self.extents = Extents({**extents.sizes, self.j: candidate.length}, extents.known)
+        self.extents = Extents({**extents.sizes, self.j: candidate.summed}, extents.known)
         self.lifter = self.new_lifter(None)
         self.weights = self._probability().indices
-        if self.weights[candidate.axis] != Int(self.j):
-            raise Refused(f"the softmax runs over axis {candidate.axis}, which is not the axis that the values are summed over")
+        self.sink = self._column_without_value()
+
+    def _column_without_value(self) -> Int | None:
+        """The one column of the probabilities that is dropped before the values are summed; None where all are summed."""
+        way = self.candidate
+        column = self.weights[way.axis]
+        if column == Int(self.j) and sympy.expand(way.summed - way.length) == 0:
+            return None
+        start = sympy.expand(column.value - self.j) if isinstance(column, Int) else self.j
+        if self.j in start.free_symbols:
+            raise Refused(f"the softmax runs over axis {way.axis}, which is not the axis that the values are summed over")
+        if sympy.expand(way.summed + 1 - way.length) != 0 or start not in (0, 1):
+            raise Refused(f"{way.summed} of its {way.length} probabilities are summed")
+        return Int(way.summed if start == 0 else sympy.Integer(0))
 
     def _probability(self) -> Load:
         """Where the result reads the normaliser."""
@@ -116,6 +126,7 @@ class _Attempt:
         if (found := divisors(self.weights, self.extents)) is not None:
             return found
         self.dot, self.dot_index = self._score_dot()
+        self._check_sink()
         self.extents = Extents({**self.extents.sizes, self.d: self._summed()}, self.extents.known)
         self.lifter = self.new_lifter(None)
         self.sides = [history(self.lifter, *side) for side in self._dot_sides()]
@@ -258,13 +269,15 @@ class _Attempt:
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
         z, factors = without_factors(z)
         found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
+        dropped = self._dropped()
+        sink = None if dropped is None else canonical(dropped, layout, self.extents)
         made = program(
-            canonical(z, layout, self.extents), replace(found, weight=canonical(found.weight, layout, self.extents)),
-            self.candidate.empty_rows, self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
+            canonical(z, layout, self.extents), sink,
+            replace(found, weight=canonical(found.weight, layout, self.extents)), self.candidate.empty_rows,
+            self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
         )  # fmt: skip
-        if made.weight != ONE:
-            raise Refused(f"its probabilities are multiplied by {made.weight} after the softmax")
-        (score, keep, weight), loads = numbered(self.mirror, self.candidate.output, made.score, made.keep, made.weight)
+        parts = (made.score, made.keep, made.weight, *([] if made.sink is None else [made.sink]))
+        (score, keep, weight, *sinks), loads = numbered(self.mirror, self.candidate.output, *parts)
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
         dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
@@ -279,12 +292,24 @@ class _Attempt:
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
             head_dim=self._number(layout.d, "head_dim"), value_dim=self._number(layout.dv, "value head_dim"),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
-            empty_rows=made.empty_rows, dropout=self.candidate.dropout,
+            empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
             side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and self.mirror.requires_grad(n)) for n in loads),
             requires_grad=grad,
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
         )  # fmt: skip
         return site, tuple(loads), factors
+
+    def _dropped(self) -> Expr | None:
+        """The logit of the column that has no value."""
+        if self.sink is None:
+            return None
+        axis = self.candidate.axis
+        return self.candidate.logits(self.new_lifter(None), (*self.weights[:axis], self.sink, *self.weights[axis + 1 :]))
+
+    def _check_sink(self) -> None:
+        z = self._dropped()
+        if z is not None and any(isinstance(n, Load) and n.slot == Dot(self.dot) for n in expr.walk(z)):
+            raise Refused("one of its probabilities is dropped, and that is no sink's but a key's")
 
     def _product(self, atoms: Sequence[sympy.Symbol]) -> sympy.Expr:
         return sympy.expand(sympy.Mul(*(self.extents.sizes[s] for s in atoms)))

@@ -19,7 +19,7 @@ from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import has_rule, operation
 from attnfx.patterns.lift_moves import argument
 
-ONE = expr.constant(1.0, torch.float32)
+ONE = expr.ONE
 _DROPOUT = ("aten.dropout", "aten.dropout_", "aten.native_dropout")
 
 
@@ -58,6 +58,11 @@ def course(mirror: Mirror, normaliser: fx.Node) -> Course:
         if operation(step) in _DROPOUT and argument(step, 2, "train", False):
             dropout = 1 - (1 - dropout) * (1 - float(argument(step, 1, "p")))
     return Course(tuple(ends), path, tuple(leaves), dropout)
+
+
+def beside(node: fx.Node) -> bool:
+    """Whether a node on the way only asks about the probabilities (their sizes, their NaNs) and does not pass them on."""
+    return not node.meta["val"].is_floating_point() or operation(node).endswith("_like")
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,15 @@ def _bare(e: Expr) -> Expr:
     return e
 
 
-def support(weight: Expr) -> tuple[Expr, Expr]:
-    """``keep, rest`` where ``weight`` is ``rest`` if ``keep`` and zero if not; ``keep`` is TRUE where no such part is seen."""
-    if isinstance(weight, Call) and weight.op == "where" and expr.is_number(weight.args[2], 0):
-        keep, rest = support(weight.args[1])
-        return expr.logical_and(weight.args[0], keep), rest
-    if isinstance(weight, Call) and weight.op == "where" and expr.is_number(weight.args[1], 0):
-        keep, rest = support(weight.args[2])
-        return expr.logical_and(expr.logical_not(weight.args[0]), keep), rest
-    return expr.TRUE, weight
+def support(weight: Expr) -> tuple[Expr, Expr, bool]:
+    """``keep, rest, selected``: ``weight`` is ``rest`` where ``keep`` and zero elsewhere. ``keep`` is TRUE where no such part
+    is seen; ``selected`` tells that zeros are put in place, so that a NaN under them vanishes, and are not multiplied."""
+    if isinstance(weight, Call) and weight.op == "where":
+        for when, kept, other in ((0, 1, 2), (0, 2, 1)):
+            if expr.is_number(weight.args[other], 0):
+                condition = weight.args[when] if kept == 1 else expr.logical_not(weight.args[when])
+                keep, rest, _ = support(weight.args[kept])
+                return expr.logical_and(condition, keep), rest, True
+    if isinstance(weight, Call) and weight.op == "cast" and weight.args[0].dtype == torch.bool:
+        return weight.args[0], ONE, False
+    return expr.TRUE, weight, False

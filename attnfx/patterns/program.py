@@ -24,7 +24,8 @@ from attnfx.patterns.separate import Logits, separate
 
 @dataclass(frozen=True)
 class Program:
-    """``score`` where ``keep``, else ``fill``; what a query without keys gives; the weight of the probabilities."""
+    """``score`` where ``keep``, else ``fill``; what a query without keys gives; the weight of the probabilities; the logit
+    of a column that has no value."""
 
     score: Expr
     keep: Expr
@@ -32,9 +33,12 @@ class Program:
     additive: bool
     empty_rows: str
     weight: Expr = ONE
+    sink: Expr | None = None
 
 
-def program(z: Expr, found: Factor, empty_rows: str, length_q: sympy.Expr, length_k: sympy.Expr, known: Ranges) -> Program:
+def program(
+    z: Expr, sink: Expr | None, found: Factor, empty_rows: str, length_q: sympy.Expr, length_k: sympy.Expr, known: Ranges
+) -> Program:
     """Canonical logits ``z`` and the factor of their probabilities, taken apart. ``empty_rows``: what the normaliser itself
     does with a row that is -inf throughout: "nan", "zero", or "underflow" where no row maximum is taken off."""
     logits = separate(folded(z))
@@ -44,8 +48,9 @@ def program(z: Expr, found: Factor, empty_rows: str, length_q: sympy.Expr, lengt
         raise Refused(
             f"its softmax takes no row maximum off, so that a query whose keys all have the fill {logits.fill:g} gives NaN"
         )
-    empty = "fill" if not infinite else "zero" if empty_rows == "zero" or found.guarded else "nan"
-    made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight)
+    zero = empty_rows == "zero" or found.guarded or sink is not None  # a sink takes what no key takes
+    empty = "fill" if not infinite else "zero" if zero else "nan"
+    made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight, sink)
     return _remasked(made, logits, prove(logits.keep, length_q, length_k, known).nonempty)
 
 
@@ -55,12 +60,13 @@ _HOPELESS = -1e30
 
 def _remasked(made: Program, logits: Logits, nonempty: bool) -> Program:
     """Probabilities masked again after the softmax: the same mask only settles what a query without keys gives."""
-    again, rest = support(made.weight)
+    again, rest, selected = support(made.weight)
     if again == expr.TRUE:
         return made
     if again == logits.keep and made.fill <= _HOPELESS:
-        return replace(made, fill=-math.inf, additive=False, empty_rows="zero", weight=rest)
-    if made.empty_rows == "nan" and not nonempty and logits.keep != expr.TRUE:
+        lost = "nan" if made.empty_rows == "nan" and not selected else "zero"
+        return replace(made, fill=-math.inf, additive=False, empty_rows=lost, weight=rest)
+    if made.empty_rows == "nan" and selected and not nonempty and logits.keep != expr.TRUE:
         raise Refused("its probabilities are masked again, by another mask, and a query without keys would give NaN in part")
     return made
 
@@ -71,8 +77,9 @@ _LARGEST = 1e5
 
 def tame(score: Expr) -> None:
     """Raises Refused for numbers that lift scores out of the reach of a softmax that is computed block by block."""
+    clamps = {a for n in expr.walk(score) if isinstance(n, expr.Call) and n.op == "min" for a in n.args}
     for node in expr.walk(score):
-        if isinstance(node, expr.Const) and node.value > _LARGEST:
+        if isinstance(node, expr.Const) and node.value > _LARGEST and node not in clamps:
             raise Refused(f"its scores hold the number {node.value:g}; up to {_LARGEST:g} is supported")
         if isinstance(node, expr.Call) and node.op in ("mul", "div"):
             low = [a.value for a in node.args if isinstance(a, expr.Const)]

@@ -12,7 +12,7 @@ from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction, contraction
 from attnfx.patterns.lift import operation
 from attnfx.patterns.lift_moves import argument
-from attnfx.patterns.probabilities import Course, course
+from attnfx.patterns.probabilities import Course, beside, course
 
 
 def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
@@ -34,10 +34,37 @@ def logits_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     if operation(node) in ("aten.softmax", "aten._softmax", "aten.special_softmax"):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        return source, int(argument(node, 1, "dim")) % max(len(sizes(source)), 1)
+        axis = int(argument(node, 1, "dim")) % max(len(sizes(source)), 1)
+        return _unshifted(source, axis), axis
     if operation(node) == "aten.div" and len(node.args) == 2 and all(is_tensor(a) for a in node.args):
         return _written_out(*node.args)  # type: ignore[arg-type]
+    if operation(node) == "aten.exp":
+        return _of_logarithm(node.args[0])  # type: ignore[arg-type]
     return None
+
+
+def _of_logarithm(source: fx.Node) -> tuple[fx.Node, int] | None:
+    """exp(log_softmax(x)) or exp(x - logsumexp(x))."""
+    if operation(source) in ("aten.log_softmax", "aten._log_softmax"):
+        logits = source.args[0]
+        assert isinstance(logits, fx.Node)
+        return logits, int(argument(source, 1, "dim")) % max(len(sizes(logits)), 1)
+    if operation(source) == "aten.sub" and source.kwargs.get("alpha", 1) == 1:
+        logits, total = source.args[:2]
+        for axis in range(len(sizes(source))):
+            if isinstance(logits, fx.Node) and _row_value(total, logits, axis, ("aten.logsumexp",)):
+                return logits, axis
+    return None
+
+
+def _unshifted(source: fx.Node, axis: int) -> fx.Node:
+    """``source`` before its own row maximum was taken off, which a softmax does not see."""
+    while operation(source) in ("aten.sub", "aten.sub_") and source.kwargs.get("alpha", 1) == 1:
+        older, top = source.args[:2]
+        if not (isinstance(older, fx.Node) and _row_maximum(top, older, axis)):
+            break
+        source = older
+    return source
 
 
 def _written_out(weights: fx.Node, total: fx.Node) -> tuple[fx.Node, int] | None:
@@ -54,21 +81,25 @@ def _written_out(weights: fx.Node, total: fx.Node) -> tuple[fx.Node, int] | None
     if operation(shifted) != "aten.sub":
         return shifted, axis
     source, top = shifted.args[:2]
-    return (source, axis) if isinstance(source, fx.Node) and _row_maximum(top, source, axis, rank) else (shifted, axis)
+    return (source, axis) if isinstance(source, fx.Node) and _row_maximum(top, source, axis) else (shifted, axis)
 
 
-def _row_maximum(top: object, source: fx.Node, axis: int, rank: int) -> bool:
-    while isinstance(top, fx.Node) and operation(top) in ("aten.detach", "_operator.getitem"):
+def _row_maximum(top: object, source: fx.Node, axis: int) -> bool:
+    """Whether ``top`` is the maximum of ``source`` along ``axis``, or another number near it that a softmax may take off."""
+    return _row_value(top, source, axis, ("aten.amax", "aten.max", "aten.logsumexp"))
+
+
+def _row_value(top: object, source: fx.Node, axis: int, names: tuple[str, ...]) -> bool:
+    rank, kept = len(sizes(source)), False
+    while isinstance(top, fx.Node) and operation(top) in ("aten.detach", "_operator.getitem", "aten.unsqueeze"):
+        if operation(top) == "aten.unsqueeze":
+            kept = int(argument(top, 1, "dim")) % rank == axis
         top = top.args[0]
-    if (
-        not isinstance(top, fx.Node)
-        or operation(top) not in ("aten.amax", "aten.max", "aten.logsumexp")
-        or top.args[0] is not source
-    ):
+    if not isinstance(top, fx.Node) or operation(top) not in names or top.args[0] is not source:
         return False
     dims = argument(top, 1, "dim")
     given = [dims] if isinstance(dims, int) else list(dims or ())
-    return [int(d) % rank for d in given] == [axis] and bool(argument(top, 2, "keepdim", False))
+    return [int(d) % rank for d in given] == [axis] and kept != bool(argument(top, 2, "keepdim", False))
 
 
 def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Iterator[Candidate | tuple[fx.Node, str]]:
@@ -82,7 +113,7 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
         yield node, f"its dropped probabilities are contracted {len(way.ends)} times"
         return
     for end in way.ends:
-        if mirror.requires_grad(end) and any(map(mirror.severed, way.path)):
+        if mirror.requires_grad(end) and any(mirror.severed(n) for n in way.path if not beside(n)):
             yield node, "its probabilities are detached from the graph of gradients"
             return
     for end in way.ends:
