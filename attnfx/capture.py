@@ -81,7 +81,7 @@ class Mirror:
             apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
             if wanted and not (apart and not any(True for _ in _written(node))):
                 self._differentiable.add(node)
-            if reached and (not wanted or apart):
+            if reached and (not wanted or apart) and not _boolean(node):  # a condition has no gradient in any formula
                 self._severed.add(node)
 
     def leaves_graph(self, node: fx.Node) -> bool:
@@ -141,6 +141,10 @@ def _differentiable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     floating = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
     return floating and node.target is not torch.ops.aten.detach.default
+
+
+def _boolean(node: fx.Node) -> bool:
+    return is_tensor(node) and node.meta["val"].dtype == torch.bool
 
 
 def _made_anew(node: fx.Node) -> bool:
