@@ -66,7 +66,8 @@ class Lifter:
     """Pulls indices through one mirror. ``ranges`` bounds the index symbols in use.
 
     ``at``: the node for which elements are read; ``inner``: the symbols of queries and keys; ``stop``: a node that is not
-    looked behind; ``course``: nodes whose dropout is followed as if it dropped nothing.
+    looked behind; ``course``: nodes that are always looked
+    behind, their dropout as if it dropped nothing.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Lifter:
             self.reader = reader
         if found is None:
             return leaf
-        loadable = not self.mirror.overwritten(node, self.at)
+        loadable = node not in self.course and not self.mirror.overwritten(node, self.at)
         return leaf if loadable and self._worth_loading(found, index) else found
 
     def _literal(self, node: fx.Node) -> Expr | None:
