@@ -109,6 +109,14 @@ class Mirror:
         known = [] if storage is None else self._writers.get(storage, [])
         return [writer for at, writer in known if first <= at and (end is None or at < end)]
 
+    def targets(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that ``node`` writes in place."""
+        return list(_written(node))
+
+    def holder(self, node: fx.Node) -> fx.Node:
+        """The first Dynamo node with the value of ``node``."""
+        return next(iter(self._holders.get(node, ())), self.dynamo_of[node])
+
     def live(self, node: fx.Node) -> bool:
         """Whether the value of ``node`` reaches an output of the graph, or memory that is visible outside of it."""
         if self._alive is None:

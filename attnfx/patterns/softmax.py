@@ -14,6 +14,7 @@ from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction, contraction
 from attnfx.patterns.lift import _MOVES, Index, Lifter, operation
 from attnfx.patterns.lift_moves import argument
+from attnfx.patterns.versions import changed_between
 
 _CASTS = ("aten.to", "aten._to_copy", "aten.type_as")
 _DROPOUT = ("aten.dropout", "aten.dropout_", "aten.native_dropout")
@@ -23,7 +24,10 @@ def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
     """Every softmax whose weights are contracted with something over the normalised axis."""
     for node in mirror.graph.nodes:
         if (found := logits_of(node)) is not None:
-            yield from _continued(mirror, node, *found)
+            if (changed := changed_between(mirror, found[0], node)) is not None:
+                yield node, f"{changed.name} is changed in place while its softmax is computed"
+            else:
+                yield from _continued(mirror, node, *found)
 
 
 def _empty_rows(node: fx.Node, logits: fx.Node) -> str:
@@ -82,7 +86,8 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
             yield node, f"its probabilities are contracted {len(ends)} times"
         return
     end = ends[0]
-    leaves = [user.name for step in path for user in step.users if user is not end and user not in path]
+    leaves = [user.name for step in path for user in step.users if user is not end and user not in path and mirror.live(user)]
+    leaves += [s.name for s in path if mirror.targets(s) and mirror.position[s] > mirror.position[end]]
     leaves += ["the caller, as an output of the model" for step in path if mirror.leaves_graph(step)]
     if leaves:
         yield node, f"its probabilities are also used by {leaves[0]}"
