@@ -126,28 +126,41 @@ def element_as_read(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node
 
 def _lifted(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node) -> Expr:
     inside, at = _written_at(lifter, node, index, writer)
-    new = old = None
-    if inside != expr.FALSE:
-        new = lifter.element(writer, at)
-        if isinstance(new, Load) and new.slot is writer and writer not in lifter.mirror.dynamo_of:
-            raise Stale(f"{node.name} is changed in place by {writer.name}, which has no formula")
-    if inside != expr.TRUE:
-        reader, lifter.reader = lifter.reader, writer
-        try:
-            old = lifter.element(node, index)
-        finally:
-            lifter.reader = reader
-    if new is None or old is None:
-        found = old if new is None else new
-        assert found is not None
-        return found
+    if inside == expr.TRUE:
+        return _new(lifter, node, at, writer)
+    old = _before(lifter, node, index, writer)
+    if inside == expr.FALSE:
+        return old
+    # Where the write reached, its target held what ``node`` held: said once, so that both sides name the same element.
+    target: fx.Node = writer.args[0]  # type: ignore[assignment]
+    earlier = as_read(lifter.mirror, target, writer).after
+    memo, lifter.memo = lifter.memo, {(target, at, None if earlier is target else earlier): old}
+    try:
+        new = _new(lifter, node, at, writer)
+    finally:
+        lifter.memo = memo
     return merged(inside, new, old, node.meta["val"].dtype)
+
+
+def _before(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node) -> Expr:
+    reader, lifter.reader = lifter.reader, writer
+    try:
+        return lifter.element(node, index)
+    finally:
+        lifter.reader = reader
+
+
+def _new(lifter: Lifter, node: fx.Node, at: Index, writer: fx.Node) -> Expr:
+    found = lifter.element(writer, at)
+    if isinstance(found, Load) and found.slot is writer and writer not in lifter.mirror.dynamo_of:
+        raise Stale(f"{node.name} is changed in place by {writer.name}, which has no formula")
+    return found
 
 
 def _written_at(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node) -> Place:
     """Whether ``writer`` reaches element ``index`` of ``node``, and the index of that element in what it returns."""
     mirror = lifter.mirror
-    if operation(writer) in _RESHAPING:
+    if operation(writer) in _RESHAPING or _onto_itself(mirror, writer):
         return expr.FALSE, ()
     target = writer.args[0] if writer.args else None
     plain = is_tensor(writer) and is_tensor(target) and mirror.storage[writer] == mirror.storage.get(target)  # type: ignore[arg-type]
@@ -173,7 +186,22 @@ def _written_at(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node) ->
         if found is None:
             raise Stale(f"{node.name} is changed in place through the view {view.name}, which cannot be inverted")
         inside, at = expr.logical_and(inside, found[0]), found[1]
-    return inside, at
+    return inside, tuple(expr.integer(0) if n == 1 else x for n, x in zip(sizes(target), at, strict=True))
+
+
+def _onto_itself(mirror: Mirror, writer: fx.Node) -> bool:
+    """Whether a copy gives every element its own value: ``x[part] += y`` ends in ``x[part] = x[part]``."""
+    if operation(writer) != "aten.copy_":
+        return False
+    sides = [list(_views(mirror, n)) for n in writer.args[:2]]  # type: ignore[arg-type]
+    common = next((n for n in sides[0] if n in sides[1]), None)
+    if common is None:
+        return False
+    ways = [
+        [(v.target, tuple(v.args[1:]), tuple(v.kwargs.items())) for v in side[: side.index(common)] if not _keeps_place(mirror, v)]
+        for side in sides
+    ]
+    return ways[0] == ways[1]
 
 
 def _views(mirror: Mirror, node: fx.Node) -> Iterator[fx.Node]:
