@@ -208,15 +208,17 @@ class Splicer:
     # Removal ------------------------------------------------------------------------------------------------------------
 
     def prune(self) -> None:
-        """Remove the replaced nodes and those of their ancestors that nothing reads any more.
+        """Remove the replaced nodes, those of their ancestors that nothing reads any more, and what was made of these in vain.
 
         An in-place write goes only together with everything that shares its memory, once nobody outside reads any of it.
         """
         alive = list(self.graph.nodes)
-        ancestors = set(self.replaced)
-        for node in reversed(alive):
-            if node in ancestors:
-                ancestors.update(node.all_input_nodes)
+        ancestors = _with_ancestors(alive, set(self.replaced))
+        idle = self._idle()
+        for node in alive:
+            if node in idle and not ancestors.isdisjoint(node.all_input_nodes):
+                ancestors.add(node)
+        ancestors = _with_ancestors(alive, ancestors)
         written = {at for at, _ in self.mirror.mutations}
         writers = {self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin}
         dead: set[fx.Node] = set()
@@ -227,7 +229,7 @@ class Splicer:
                     dead.add(node)
             for group in self._memory(dead).values():
                 inside = dead.union(group)
-                if group & ancestors and all(self._pure(n) and set(n.users) <= inside for n in group):
+                if group & ancestors and all(self._pure(n) and n.op != "get_attr" and set(n.users) <= inside for n in group):
                     dead |= group
             if len(dead) == before:
                 break
@@ -238,15 +240,36 @@ class Splicer:
     def _pure(self, node: fx.Node) -> bool:
         return node.op in ("call_function", "call_method", "get_attr") and node not in self.mirror.blind
 
+    def _idle(self) -> set[fx.Node]:
+        """The Dynamo nodes none of whose values ever reached an output of the graph."""
+        live = {self.mirror.origin.get(m) for m in self.mirror.graph.nodes if self.mirror.live(m)}
+        return set(self.mirror.makers) - live
+
     def _memory(self, dead: set[fx.Node]) -> dict[int, set[fx.Node]]:
-        """The living nodes that share each storage that is written in place."""
+        """The living nodes that share each storage that is written in place, and those that write it."""
         written = {storage for _, storage in self.mirror.mutations}
         groups: dict[int, set[fx.Node]] = {}
         for node, value in self.mirror.value.items():
             storage = self.mirror.storage.get(value)
             if storage in written and node not in dead:
                 groups.setdefault(storage, set()).add(node)
+        nodes = list(self.mirror.graph.nodes)
+        writes: dict[fx.Node, set[int]] = {}
+        for at, storage in self.mirror.mutations:
+            if nodes[at] in self.mirror.origin:
+                writes.setdefault(self.mirror.origin[nodes[at]], set()).add(storage)
+        for writer, storages in writes.items():
+            if len(storages) == 1 and writer not in dead and not storages.isdisjoint(groups):
+                groups[next(iter(storages))].add(writer)
         return groups
+
+
+def _with_ancestors(order: Sequence[fx.Node], chosen: set[fx.Node]) -> set[fx.Node]:
+    found = set(chosen)
+    for node in reversed(order):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return found
 
 
 def memory_order(example: object) -> list[int]:
