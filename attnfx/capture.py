@@ -59,6 +59,12 @@ class Mirror:
             self._holders.setdefault(node, []).append(dynamo)
         self._differentiable: set[fx.Node] = set()
         self._severed: set[fx.Node] = set()
+        self._writers: dict[int, list[tuple[int, fx.Node]]] = {}
+        nodes = list(self.graph.nodes)
+        for at, storage in self.mutations:
+            self._writers.setdefault(storage, []).append((at, nodes[at]))
+        self._alive: set[fx.Node] | None = None
+        self.makers = frozenset(self.origin.values())
         self._follow_autograd()
 
     def requires_grad(self, node: fx.Node) -> bool:
@@ -91,13 +97,33 @@ class Mirror:
 
     def written_after(self, node: fx.Node, since: fx.Node) -> bool:
         """Whether the memory behind ``node`` is written later than ``since``."""
-        at, storage = self.position[since], self.storage.get(node)
-        return any(at < later and s == storage for later, s in self.mutations)
+        return bool(self.writers(node, self.position[since] + 1))
 
     def overwritten(self, node: fx.Node, until: fx.Node) -> bool:
         """Whether the memory behind ``node`` is written between its making and ``until``."""
-        first, last, storage = self.position[node], self.position[until], self.storage.get(node)
-        return any(first < at < last and s == storage for at, s in self.mutations)
+        return bool(self.writers(node, self.position[node] + 1, self.position[until]))
+
+    def writers(self, node: fx.Node, first: int, end: int | None = None) -> list[fx.Node]:
+        """The nodes that write the memory behind ``node`` at positions from ``first`` to below ``end``, in order."""
+        storage = self.storage.get(node)
+        known = [] if storage is None else self._writers.get(storage, [])
+        return [writer for at, writer in known if first <= at and (end is None or at < end)]
+
+    def targets(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that ``node`` writes in place."""
+        return list(_written(node))
+
+    def holder(self, node: fx.Node) -> fx.Node:
+        """The first Dynamo node with the value of ``node``."""
+        return next(iter(self._holders.get(node, ())), self.dynamo_of[node])
+
+    def live(self, node: fx.Node) -> bool:
+        """Whether the value of ``node`` reaches an output of the graph, or memory that is visible outside of it."""
+        if self._alive is None:
+            from attnfx.liveness import live_nodes
+
+            self._alive = live_nodes(self)
+        return node in self._alive
 
 
 def sizes(node: fx.Node) -> tuple[sympy.Expr, ...]:
@@ -160,9 +186,10 @@ def _storage(t: torch.Tensor) -> int:
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target in _HARMLESS:
         return
-    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-            yield value
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            yield from (x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node))
 
 
 @contextmanager

@@ -12,10 +12,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror, as_sympy
+from attnfx.capture import Mirror, as_sympy, is_tensor
 from attnfx.integers import FloorDiv, Mod
 from attnfx.patterns.axes import Axis, Operand
 from attnfx.patterns.matcher import Match
+from attnfx.patterns.versions import Past, as_read, hidden_by
 
 #: New nodes call operators and not methods: those a compiled graph can be cached with.
 _ATEN: Any = torch.ops.aten
@@ -31,6 +32,8 @@ class Splicer:
         self.gm, self.graph, self.mirror = gm, gm.graph, mirror
         self.made: list[fx.Node] = []
         self.replaced: list[fx.Node] = []
+        self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.until: fx.Node
 
     def splice(self, match: Match, call: Callable[..., fx.Node]) -> fx.Node:
         """Replace the site by ``call(query, key, value, loads)``, made with canonical (B,H,M,D) operands. Returns the new node.
@@ -41,11 +44,12 @@ class Splicer:
         if old is None:
             maker = self.mirror.origin.get(match.candidate.output)
             raise LookupError(f"the result of the attention is inside another operation, {maker}")
-        self.made = []
+        self.made, self.until = [], match.candidate.output
         try:
             with self.graph.inserting_before(old):
                 core, result = self._build(match, call, old)
         except BaseException:
+            self.copies = {k: copy for k, copy in self.copies.items() if copy not in self.made}
             for node in reversed(self.made):
                 self.graph.erase_node(node)
             raise
@@ -60,7 +64,7 @@ class Splicer:
         heads = (*layout.heads, *layout.groups)
         query = self.arranged(match, match.query, (layout.batch, heads, (layout.i,), (layout.d,)))
         for factor in match.factors:
-            query = self.call(operator.mul, query, self.value(factor))
+            query = self.call(operator.mul, query, self.held(factor, factor))
         key = self.arranged(match, match.key, (layout.batch, layout.heads, (layout.j,), (layout.d,)))
         value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
         # Under autocast the model's contractions read narrower operands than the graph shows.
@@ -68,7 +72,7 @@ class Splicer:
             node if operand.node.meta["val"].dtype == match.site.dtype else self.call(_ATEN.to.dtype, node, match.site.dtype)
             for node, operand in ((query, match.query), (key, match.key), (value, match.value))
         )
-        loads = [self.kept(self.load(node, match), node, match) for node in match.loads]
+        loads = [self.kept(self.held(past.node, past.after), past.node, match) for past in match.loads]
         core = call(query, key, value, loads)
         self.made.append(core)
         for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
@@ -85,7 +89,7 @@ class Splicer:
 
     def arranged(self, match: Match, operand: Operand, target: Sequence[Axis]) -> fx.Node:
         """``operand`` as a four-dimensional tensor whose axes carry ``target``; views wherever its strides allow."""
-        node = self.value(operand.node)
+        node = self.held(operand.node, operand.after or operand.node)
         if tuple(operand.axes) == tuple(target):
             return node
         named = [tuple(s for s in axis if any(s in group for group in target)) for axis in operand.axes]  # the others have size one
@@ -135,12 +139,16 @@ class Splicer:
         moved = self.call(_ATEN.contiguous.default, self.call(_ATEN.permute.default, node, order))
         return self.call(_ATEN.permute.default, moved, [order.index(k) for k in range(len(order))])
 
-    def load(self, node: fx.Node, match: Match) -> fx.Node:
-        """A side tensor; a number known only at run time becomes a tensor of rank zero."""
-        if isinstance(node.meta["val"], torch.Tensor):
+    def held(self, node: fx.Node, after: fx.Node) -> fx.Node:
+        """``node`` as it was after the write ``after``: the tensor itself, or a copy taken before the first later write."""
+        hidden = hidden_by(self.mirror, Past(node, after), self.until)
+        if hidden is None:
             return self.value(node)
-        device = match.query.node.meta["val"].device
-        return self.call(torch.full, (), self.value(node), dtype=torch.float32, device=device)
+        writer = self.mirror.origin[hidden]
+        if (node, writer) not in self.copies:
+            with self.graph.inserting_before(writer):
+                self.copies[node, writer] = self.call(_ATEN.clone.default, self.mirror.holder(node))
+        return self.copies[node, writer]
 
     def value(self, node: fx.Node) -> fx.Node:
         """The Dynamo node that holds a mirror node's value; computed anew from ATen where it is inside another operation."""
@@ -151,7 +159,10 @@ class Splicer:
             return self.mirror.origin[node]
         if not isinstance(node.target, torch._ops.OpOverload | type(operator.getitem)):
             raise LookupError(f"{node.name} cannot be reached from the graph")
-        args, kwargs = pytree.tree_map_only(fx.Node, self.value, (tuple(node.args), dict(node.kwargs)))
+        read = {n: as_read(self.mirror, n, node).after for n in node.all_input_nodes if is_tensor(n)}
+        args, kwargs = pytree.tree_map_only(
+            fx.Node, lambda n: self.held(n, read[n]) if n in read else self.value(n), (tuple(node.args), dict(node.kwargs))
+        )
         made = self.call(node.target, *args, **kwargs)
         self.mirror.dynamo_of[node] = made
         return made
@@ -197,15 +208,17 @@ class Splicer:
     # Removal ------------------------------------------------------------------------------------------------------------
 
     def prune(self) -> None:
-        """Remove the replaced nodes and those of their ancestors that nothing reads any more.
+        """Remove the replaced nodes, those of their ancestors that nothing reads any more, and what was made of these in vain.
 
         An in-place write goes only together with everything that shares its memory, once nobody outside reads any of it.
         """
         alive = list(self.graph.nodes)
-        ancestors = set(self.replaced)
-        for node in reversed(alive):
-            if node in ancestors:
-                ancestors.update(node.all_input_nodes)
+        ancestors = _with_ancestors(alive, set(self.replaced))
+        idle = self._idle()
+        for node in alive:
+            if node in idle and not ancestors.isdisjoint(node.all_input_nodes):
+                ancestors.add(node)
+        ancestors = _with_ancestors(alive, ancestors)
         written = {at for at, _ in self.mirror.mutations}
         writers = {self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin}
         dead: set[fx.Node] = set()
@@ -216,7 +229,7 @@ class Splicer:
                     dead.add(node)
             for group in self._memory(dead).values():
                 inside = dead.union(group)
-                if group & ancestors and all(self._pure(n) and set(n.users) <= inside for n in group):
+                if group & ancestors and all(self._pure(n) and n.op != "get_attr" and set(n.users) <= inside for n in group):
                     dead |= group
             if len(dead) == before:
                 break
@@ -227,15 +240,36 @@ class Splicer:
     def _pure(self, node: fx.Node) -> bool:
         return node.op in ("call_function", "call_method", "get_attr") and node not in self.mirror.blind
 
+    def _idle(self) -> set[fx.Node]:
+        """The Dynamo nodes none of whose values ever reached an output of the graph."""
+        live = {self.mirror.origin.get(m) for m in self.mirror.graph.nodes if self.mirror.live(m)}
+        return set(self.mirror.makers) - live
+
     def _memory(self, dead: set[fx.Node]) -> dict[int, set[fx.Node]]:
-        """The living nodes that share each storage that is written in place."""
+        """The living nodes that share each storage that is written in place, and those that write it."""
         written = {storage for _, storage in self.mirror.mutations}
         groups: dict[int, set[fx.Node]] = {}
         for node, value in self.mirror.value.items():
             storage = self.mirror.storage.get(value)
             if storage in written and node not in dead:
                 groups.setdefault(storage, set()).add(node)
+        nodes = list(self.mirror.graph.nodes)
+        writes: dict[fx.Node, set[int]] = {}
+        for at, storage in self.mirror.mutations:
+            if nodes[at] in self.mirror.origin:
+                writes.setdefault(self.mirror.origin[nodes[at]], set()).add(storage)
+        for writer, storages in writes.items():
+            if len(storages) == 1 and writer not in dead and not storages.isdisjoint(groups):
+                groups[next(iter(storages))].add(writer)
         return groups
+
+
+def _with_ancestors(order: Sequence[fx.Node], chosen: set[fx.Node]) -> set[fx.Node]:
+    found = set(chosen)
+    for node in reversed(order):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return found
 
 
 def memory_order(example: object) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnfx.capture import Mirror
-from attnfx.patterns import lift_gathers, lift_moves, lift_values, sdpa, softmax  # noqa: F401 - the rules register themselves
+from attnfx.patterns import lift_gathers, lift_moves, lift_values, lift_writes, sdpa, softmax  # noqa: F401 - the rules register themselves
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.lookalikes import lookalikes

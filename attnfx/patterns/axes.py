@@ -7,17 +7,18 @@ of its axes carries; a head axis that appears as ``h // G`` is a shared key head
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
 from torch import fx
 from torch.utils._sympy.functions import PythonMod
 
-from attnfx.capture import is_tensor, sizes
+from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr, Int
 from attnfx.integers import FloorDiv, Mod, Ranges, replace
 from attnfx.patterns.lift import Index, Lifter, operation
+from attnfx.patterns.versions import as_read
 
 #: The axes folded into one axis of a tensor, outermost first; empty for an axis of size one.
 Axis = tuple[sympy.Symbol, ...]
@@ -25,10 +26,14 @@ Axis = tuple[sympy.Symbol, ...]
 
 @dataclass(frozen=True)
 class Operand:
-    """A mirror node whose axes are all understood: ``axes[k]`` are the symbols folded into axis k."""
+    """A mirror node whose axes are all understood: ``axes[k]`` are the symbols folded into axis k.
+
+    ``after``: the last write to its memory before it is read, None where there is none.
+    """
 
     node: fx.Node
     axes: tuple[Axis, ...]
+    after: fx.Node | None = None
 
     @property
     def symbols(self) -> frozenset[sympy.Symbol]:
@@ -93,13 +98,29 @@ def _axis(at: Expr, size: sympy.Expr, extents: Extents) -> Axis | None:
     return tuple(ordered) if sympy.expand(reached - size) == 0 else None
 
 
-def history(lifter: Lifter, node: fx.Node, index: Index) -> list[tuple[fx.Node, Index]]:
-    """``node`` at ``index`` and what it was before each operation that only moved elements, newest first."""
+def history(lifter: Lifter, node: fx.Node, index: Index, reader: fx.Node) -> list[tuple[fx.Node, Index]]:
+    """``node`` at ``index`` as ``reader`` finds it, and what it was before each operation that only moved elements,
+    newest first. A copy that was written to is not what it was copied from: the history ends there."""
     known = tuple(Int(replace(x.value, {}, lifter.ranges)) if isinstance(x, Int) else x for x in index)
     steps = [(node, known)]
     while (step := lifter.moved(*steps[-1])) is not None:
+        newer, older = steps[-1][0], step[0]
+        if lifter.mirror.storage[older] != lifter.mirror.storage[newer]:
+            if as_read(lifter.mirror, newer, reader).after is not newer:
+                break
+            reader = newer
         steps.append(step)
     return steps
+
+
+def found_after(mirror: Mirror, side: Sequence[tuple[fx.Node, Index]], reader: fx.Node) -> list[fx.Node]:
+    """For each form in a history that ``reader`` starts, the last write to its memory before it is read, or the form itself."""
+    after = []
+    for (node, _), (older, _) in zip(side, [*side[1:], side[-1]], strict=True):
+        after.append(as_read(mirror, node, reader).after)
+        if mirror.storage[older] != mirror.storage[node]:
+            reader = node
+    return after
 
 
 def divisors(indices: Iterable[Expr], extents: Extents) -> tuple[sympy.Symbol, sympy.Expr] | None:

@@ -48,9 +48,9 @@ def has_rule(node: fx.Node) -> bool:
 
 
 def operation(node: fx.Node) -> str:
-    """The name of a node's ATen operation without overload, or ''."""
+    """The name of a node's ATen operation without overload, or ''; one that writes its result into ``out=`` has none."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverload) and "out" not in node.kwargs:
         return str(target.overloadpacket)
     return "_operator.getitem" if target is operator.getitem else ""
 
@@ -86,21 +86,25 @@ class Lifter:
         self.ranges = ranges
         self.at = at
         self.inner = inner
-        self.memo: dict[tuple[fx.Node, Index], Expr] = {}
+        self.memo: dict[tuple[fx.Node, Index, fx.Node | None], Expr] = {}
         self.reader = at
 
     def element(self, node: Any, index: Index) -> Expr:
-        """Element ``index`` of a mirror node, or a number as itself. Raises Stale where in-place writes make the past
-        unreadable."""
+        """Element ``index`` of a mirror node as the reader finds it, or a number as itself. Raises Stale where in-place writes
+        make that unreadable."""
         if not isinstance(node, fx.Node):
             return self.literal(node)
         if not is_tensor(node):
             return self.scalar(node)
-        if self.mirror.overwritten(node, self.reader):
-            raise Stale(f"{node.name} is changed in place before {self.reader.name} reads it")
-        key = (node, index)
+        writers = self.mirror.writers(node, self.mirror.position[node] + 1, self.mirror.position[self.reader])
+        key = (node, index, writers[-1] if writers else None)
         if key not in self.memo:
-            self.memo[key] = self._element(node, index)
+            if writers:
+                from attnfx.patterns.versions import element_as_read
+
+                self.memo[key] = element_as_read(self, node, index, writers[-1])
+            else:
+                self.memo[key] = self._element(node, index)
         return self.memo[key]
 
     def _element(self, node: fx.Node, index: Index) -> Expr:

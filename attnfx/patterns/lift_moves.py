@@ -56,7 +56,7 @@ def _permute(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return lifter.element(node.args[0], tuple(index[order.index(d)] for d in range(len(index))))
 
 
-@rule("aten.transpose", "aten.swapaxes", "aten.swapdims", moves=True)
+@rule("aten.transpose", "aten.transpose_", "aten.swapaxes", "aten.swapaxes_", "aten.swapdims", "aten.swapdims_", moves=True)
 def _transpose(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     a, b = (int(x) % len(index) for x in (argument(node, 1, "dim0"), argument(node, 2, "dim1")))
     moved = list(index)
@@ -64,7 +64,7 @@ def _transpose(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return lifter.element(node.args[0], tuple(moved))
 
 
-@rule("aten.t", "aten.mT", "aten.matrix_H", "aten.numpy_T", moves=True)
+@rule("aten.t", "aten.t_", "aten.mT", "aten.matrix_H", "aten.numpy_T", moves=True)
 def _flip_last(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if operation_is(node, "aten.numpy_T"):
         return lifter.element(node.args[0], index[::-1])
@@ -75,13 +75,13 @@ def operation_is(node: fx.Node, name: str) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and str(node.target.overloadpacket) == name
 
 
-@rule("aten.unsqueeze", moves=True)
+@rule("aten.unsqueeze", "aten.unsqueeze_", moves=True)
 def _unsqueeze(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     d = int(argument(node, 1, "dim")) % len(index)
     return lifter.element(node.args[0], index[:d] + index[d + 1 :])
 
 
-@rule("aten.squeeze", moves=True)
+@rule("aten.squeeze", "aten.squeeze_", moves=True)
 def _squeeze(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)

@@ -12,12 +12,13 @@ from torch import fx
 from attnfx import expr
 from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Int, Load
-from attnfx.patterns.axes import Extents, Operand, divisors, history, through_scaling, understood
+from attnfx.patterns.axes import Extents, Operand, divisors, found_after, history, through_scaling, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
 from attnfx.patterns.probabilities import factor
 from attnfx.patterns.program import canonical, narrowed, numbered, program, without_factors
+from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 from attnfx.site import AttentionSite, SideTensor
 
 
@@ -36,7 +37,7 @@ class Match:
     key: Operand
     value: Operand
     output: Operand
-    loads: tuple[fx.Node, ...]
+    loads: tuple[Past, ...]
     factors: tuple[fx.Node, ...] = ()
 
 
@@ -115,7 +116,9 @@ class _Attempt:
         return found.pop()
 
     def new_lifter(self, inner: tuple[sympy.Symbol, sympy.Symbol] | None) -> Lifter:
-        return Lifter(self.mirror, self.extents.ranges, at=self.candidate.output, inner=inner)
+        lifter = Lifter(self.mirror, self.extents.ranges, at=self.candidate.output, inner=inner)
+        lifter.reader = self.candidate.normaliser
+        return lifter
 
     def _onwards(self, inner: tuple[sympy.Symbol, sympy.Symbol] | None = None) -> Lifter:
         way = self.candidate
@@ -129,8 +132,8 @@ class _Attempt:
         self._check_sink()
         self.extents = Extents({**self.extents.sizes, self.d: self._summed()}, self.extents.known)
         self.lifter = self.new_lifter(None)
-        self.sides = [history(self.lifter, *side) for side in self._dot_sides()]
-        self.value = history(self.lifter, *self.candidate.values(self.index, Int(self.j)))
+        self.sides = [history(self.lifter, *side, self.dot) for side in self._dot_sides()]
+        self.value = history(self.lifter, *self.candidate.values(self.index, Int(self.j)), self.candidate.output)
         carries_j = [any(self.j in expr.symbols(x) for x in side[0][1]) for side in self.sides]
         if carries_j[0] == carries_j[1]:
             raise Refused("the normalised axis is not an axis of exactly one factor of the scores")
@@ -213,21 +216,25 @@ class _Attempt:
         return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv)
 
     def _root(self, side: Sequence[tuple[fx.Node, Index]], alone: frozenset[sympy.Symbol], name: str) -> Operand:
-        """The oldest form of an operand whose axes are all understood."""
-        for node, at in reversed(side):
-            found = understood(node, at, self.extents, alone)
-            if found is not None:
-                if self.mirror.overwritten(node, self.candidate.output):
-                    raise Refused(f"the {name} ({node.name}) are changed in place before the attention is computed")
-                return found
-        raise Refused(f"the axes of the {name} ({side[0][0].name}) cannot be told apart")
+        """The oldest form of an operand whose axes are all understood, if possible one that no later write hides."""
+        after = found_after(self.mirror, side, self.candidate.output if name == "values" else self.dot)
+        forms = [(understood(node, at, self.extents, alone), Past(node, w)) for (node, at), w in zip(side, after, strict=True)]
+        known = [(form, past) for form, past in reversed(forms) if form is not None]
+        if not known:
+            raise Refused(f"the axes of the {name} ({side[0][0].name}) cannot be told apart")
+        until = self.candidate.output
+        held = [found for found in known if obtainable(self.mirror, found[1], until)]
+        if not held:
+            raise Refused(f"the {name} ({known[0][1].name}) are changed in place before the attention is computed")
+        form, past = next((found for found in held if hidden_by(self.mirror, found[1], until) is None), held[0])
+        return Operand(form.node, form.axes, past.after)
 
     def _unscaled(self, operand: Operand) -> tuple[Operand, float]:
         """The operand before multiplications by numbers and widening casts, and the product of the numbers."""
         scale = 1.0
         while True:
-            node = operand.node
-            if self.lifter.severed(node):
+            node, scale_before = operand.node, scale
+            if self.lifter.severed(node) or operand.after is not node:
                 return operand, scale
             if (
                 (found := through_scaling(node)) is not None
@@ -239,9 +246,11 @@ class _Attempt:
                 older = node.args[0]  # type: ignore[assignment]
             else:
                 return operand, scale
-            if self.mirror.overwritten(older, self.candidate.output):
-                return operand, scale
-            operand = Operand(older, operand.axes)
+            past = as_read(self.mirror, older, node)
+            hidden = hidden_by(self.mirror, past, self.candidate.output)
+            if hidden is not None or not obtainable(self.mirror, past, self.candidate.output):
+                return operand, scale_before
+            operand = Operand(older, operand.axes, past.after)
 
     def _same_dtype(self, a: fx.Node, b: fx.Node) -> bool:
         return bool(a.meta["val"].dtype == b.meta["val"].dtype)
@@ -257,7 +266,7 @@ class _Attempt:
 
     def _site(
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float
-    ) -> tuple[AttentionSite, tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    ) -> tuple[AttentionSite, tuple[Past, ...], tuple[fx.Node, ...]]:
         lifter = self.new_lifter((self.i, self.j))
         z = self.candidate.logits(lifter, self.weights)
         z = expr.rebuild(
@@ -268,6 +277,9 @@ class _Attempt:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
         z, factors = without_factors(z)
+        for number in factors:
+            if not obtainable(self.mirror, Past(number, number), self.candidate.output):
+                raise Refused(f"{number.name} is changed in place before the attention is computed")
         found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
         dropped = self._dropped()
         sink = None if dropped is None else canonical(dropped, layout, self.extents)
@@ -293,7 +305,7 @@ class _Attempt:
             head_dim=self._number(layout.d, "head_dim"), value_dim=self._number(layout.dv, "value head_dim"),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
-            side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and self.mirror.requires_grad(n)) for n in loads),
+            side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),
             requires_grad=grad,
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
         )  # fmt: skip

@@ -51,7 +51,9 @@ def course(mirror: Mirror, normaliser: fx.Node) -> Course:
         if any(user in leading for user in node.users):
             leading.add(node)
     path = frozenset(n for n in reached if n in leading) | {normaliser}
-    leaves = [user.name for step in path for user in step.users if user not in leading]
+    leaves = [user.name for step in path for user in step.users if user not in leading and mirror.live(user)]
+    last = max((mirror.position[end] for end in ends), default=0)
+    leaves += [step.name for step in path if mirror.targets(step) and mirror.position[step] > last]
     leaves += ["the caller, as an output of the model" for step in path if mirror.leaves_graph(step)]
     dropout = 0.0
     for step in path:

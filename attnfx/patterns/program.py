@@ -20,6 +20,7 @@ from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.lift import Dot, operation
 from attnfx.patterns.probabilities import ONE, Factor, support
 from attnfx.patterns.separate import Logits, separate
+from attnfx.patterns.versions import Past, obtainable
 
 
 @dataclass(frozen=True)
@@ -163,22 +164,23 @@ def folded(z: Expr) -> Expr:
     return expr.rebuild(z, fold)
 
 
-def numbered(mirror: Mirror, at: fx.Node, *programs: Expr) -> tuple[tuple[Expr, ...], list[fx.Node]]:
-    """``programs`` with their loads numbered in order of appearance, and the nodes that they load, readable at ``at``."""
-    loads: dict[fx.Node, int] = {}
+def numbered(mirror: Mirror, at: fx.Node, *programs: Expr) -> tuple[tuple[Expr, ...], list[Past]]:
+    """``programs`` with their loads numbered in order of appearance, and the nodes that they load, obtainable at ``at``."""
+    loads: dict[Past, int] = {}
 
     def number(node: Expr) -> Expr | None:
         if not isinstance(node, Load):
             return None
         source = node.slot.node if isinstance(node.slot, Dot) else node.slot
-        assert isinstance(source, fx.Node)
+        past = source if isinstance(source, Past) else Past(source, source)  # type: ignore[arg-type]
+        source = past.node
         if not isinstance(source.meta.get("val"), torch.Tensor):
             raise Refused(f"{source.name} is a number known only at run time")
         if isinstance(node.slot, Dot) and operation(source) not in ("aten.matmul", "aten.bmm", "aten.einsum", "aten.mm"):
             raise Refused(f"{source.name} is a second product inside the logits")
-        if mirror.overwritten(source, at):
+        if not obtainable(mirror, past, at):
             raise Refused(f"{source.name} is changed in place before the attention is computed")
         indices = tuple(expr.rebuild(x, number) for x in node.indices)
-        return Load(loads.setdefault(source, len(loads)), indices, node.dtype)
+        return Load(loads.setdefault(past, len(loads)), indices, node.dtype)
 
     return tuple(expr.rebuild(p, number) for p in programs), list(loads)

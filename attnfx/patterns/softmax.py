@@ -13,13 +13,17 @@ from attnfx.patterns.contraction import Contraction, contraction
 from attnfx.patterns.lift import operation
 from attnfx.patterns.lift_moves import argument
 from attnfx.patterns.probabilities import Course, beside, course
+from attnfx.patterns.versions import changed_between
 
 
 def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
     """Every softmax whose weights are contracted with something over the normalised axis."""
     for node in mirror.graph.nodes:
         if (found := logits_of(node)) is not None:
-            yield from _continued(mirror, node, *found)
+            if (changed := changed_between(mirror, found[0], node)) is not None:
+                yield node, f"{changed.name} is changed in place while its softmax is computed"
+            else:
+                yield from _continued(mirror, node, *found)
 
 
 def _empty_rows(node: fx.Node, logits: fx.Node) -> str:
