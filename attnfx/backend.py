@@ -104,6 +104,9 @@ def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> 
     if match.candidate.output not in mirror.dynamo_of:
         inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
         return Missed(origin.module, inside, match.candidate.output.name, origin.source)
+    also = match.candidate.also and f"its probabilities are also used by {match.candidate.also}"
+    if also and not decision.exact:
+        return Missed(origin.module, f"{also}: a variant would not fit them", match.candidate.output.name, origin.source)
     if decision.kernel is None:
         return Missed(origin.module, decision.reason, match.candidate.output.name, origin.source)
     try:
@@ -115,7 +118,8 @@ def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> 
         return Missed(origin.module, f"internal error: {error}", match.candidate.output.name, origin.source)
     return SiteReport(
         name=origin.node, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
-        variant=decision.variant, reason=decision.reason, exact=decision.exact, kernel=_source(decision), source=origin.source,
+        variant=decision.variant,
+        reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason, exact=decision.exact, kernel=_source(decision), source=origin.source,
     )  # fmt: skip
 
 

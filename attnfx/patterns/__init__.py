@@ -8,13 +8,21 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnfx.capture import Mirror
-from attnfx.patterns import lift_gathers, lift_moves, lift_values, lift_writes, sdpa, softmax  # noqa: F401 - the rules register themselves
+from attnfx.patterns import (  # noqa: F401 - the rules register themselves
+    late_division,
+    lift_gathers,
+    lift_moves,
+    lift_values,
+    lift_writes,
+    sdpa,
+    softmax,
+)
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.lookalikes import lookalikes
 from attnfx.patterns.matcher import Match, match
 
-_FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find)
+_FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find, late_division.find)
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ class Candidate:
 
     ``probabilities(lifter, index, t)``: what the result's element ``index`` multiplies the values by along the summation
     index ``t``: an expression with the normaliser's own result as a load. ``logits(lifter, index)``: the logits there.
-    ``values(index, t)``: where it reads the values. ``axis``: the normalised axis of the logits; ``length``: its size;
+    ``values(lifter, index, t)``: where it reads the values. ``axis``: the normalised axis of the logits; ``length``: its size;
     ``summed``: the size of the axis that the values are summed over.
-    ``shared``: in how many contractions the same probabilities end.
+    ``also``: who else reads the probabilities, so that the model goes on computing them.
     """
 
     pattern: str
@@ -49,11 +49,11 @@ class Candidate:
     summed: sympy.Expr
     logits: Callable[[Lifter, Index], Expr]
     probabilities: Callable[[Lifter, Index, Expr], Expr]
-    values: Callable[[Index, Expr], tuple[fx.Node, Index]]
+    values: Callable[[Lifter, Index, Expr], tuple[fx.Node, Index]]
     empty_rows: str
     dropout: float = 0.0
     consumed: frozenset[fx.Node] = field(default_factory=frozenset)
-    shared: int = 1
+    also: str = ""
 
 
 #: A pattern: every candidate of a mirror, or for each look-alike the node and why it is none.

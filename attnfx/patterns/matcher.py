@@ -16,7 +16,7 @@ from attnfx.patterns.axes import Extents, Operand, divisors, found_after, histor
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
-from attnfx.patterns.probabilities import factor
+from attnfx.patterns.probabilities import descends, factor
 from attnfx.patterns.program import canonical, narrowed, numbered, program, without_factors
 from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 from attnfx.site import AttentionSite, SideTensor
@@ -133,7 +133,7 @@ class _Attempt:
         self.extents = Extents({**self.extents.sizes, self.d: self._summed()}, self.extents.known)
         self.lifter = self.new_lifter(None)
         self.sides = [history(self.lifter, *side, self.dot) for side in self._dot_sides()]
-        self.value = history(self.lifter, *self.candidate.values(self.index, Int(self.j)), self.candidate.output)
+        self.value = history(self.lifter, *self.candidate.values(self.lifter, self.index, Int(self.j)), self.candidate.output)
         carries_j = [any(self.j in expr.symbols(x) for x in side[0][1]) for side in self.sides]
         if carries_j[0] == carries_j[1]:
             raise Refused("the normalised axis is not an axis of exactly one factor of the scores")
@@ -290,6 +290,8 @@ class _Attempt:
         )  # fmt: skip
         parts = (made.score, made.keep, made.weight, *([] if made.sink is None else [made.sink]))
         (score, keep, weight, *sinks), loads = numbered(self.mirror, self.candidate.output, *parts)
+        if any(descends(past.node, self.candidate.normaliser) for past in loads):
+            raise Refused("its probabilities are multiplied by something that is computed from them")
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
         dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]

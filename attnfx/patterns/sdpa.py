@@ -39,7 +39,7 @@ def _candidate(node: fx.Node) -> Candidate:
     def probabilities(lifter: Lifter, index: Index, t: Expr) -> Expr:
         return expr.Load(node, (*index[:-1], t), torch.float32)
 
-    def values(index: Index, t: Expr) -> tuple[fx.Node, Index]:
+    def values(lifter: Lifter, index: Index, t: Expr) -> tuple[fx.Node, Index]:
         # Values share the layout of keys: let the contraction place batch and head axes.
         (_, _), (_, at) = Contraction(node, value, value).sides((*index[:-1], t), index[-1])
         return value, at

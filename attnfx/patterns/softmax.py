@@ -39,7 +39,7 @@ def logits_of(node: fx.Node) -> tuple[fx.Node, int] | None:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         axis = int(argument(node, 1, "dim")) % max(len(sizes(source)), 1)
-        return _unshifted(source, axis), axis
+        return unshifted(source, axis), axis
     if operation(node) == "aten.div" and len(node.args) == 2 and all(is_tensor(a) for a in node.args):
         return _written_out(*node.args)  # type: ignore[arg-type]
     if operation(node) == "aten.exp":
@@ -61,7 +61,7 @@ def _of_logarithm(source: fx.Node) -> tuple[fx.Node, int] | None:
     return None
 
 
-def _unshifted(source: fx.Node, axis: int) -> fx.Node:
+def unshifted(source: fx.Node, axis: int) -> fx.Node:
     """``source`` before its own row maximum was taken off, which a softmax does not see."""
     while operation(source) in ("aten.sub", "aten.sub_") and source.kwargs.get("alpha", 1) == 1:
         older, top = source.args[:2]
@@ -110,8 +110,8 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
     way = course(mirror, node)
     if not way.ends:
         return
-    if way.leaves:
-        yield node, f"its probabilities are also used by {way.leaves[0]}"
+    if way.leaves and way.dropout:
+        yield node, f"its dropped probabilities are also used by {way.leaves[0]}"
         return
     if len(way.ends) > 1 and way.dropout:
         yield node, f"its dropped probabilities are contracted {len(way.ends)} times"
@@ -140,9 +140,9 @@ def _candidate(node: fx.Node, logits: fx.Node, axis: int, end: Contraction, way:
         summed=end.summed,
         logits=lambda lifter, index: lifter.broadcast(logits, index) if is_tensor(logits) else expr.lift(0),
         probabilities=lambda lifter, index, t: end.element(side, lifter, index, t),
-        values=lambda index, t: end.sides(index, t)[1 - side],
+        values=lambda lifter, index, t: end.sides(index, t)[1 - side],
         empty_rows=_empty_rows(node, logits),
         dropout=way.dropout,
         consumed=way.path | {end.node},
-        shared=len(way.ends),
+        also=next(iter(way.leaves), ""),
     )
