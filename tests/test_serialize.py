@@ -17,11 +17,12 @@ from attnfx.serialize import FormatError, Reader, Writer, read_integer, site_fro
 
 sys.path.insert(0, str(Path(__file__).parent / "lowering"))
 from lowering_sites import SCALED, causal, examples, load, side, site, t5
+from sink_cases import examples as sink_examples
 
 S0, S1 = sympy.symbols("s0 s1", integer=True, positive=True)
 
 
-@pytest.mark.parametrize("example", list(examples()), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [*examples(), *sink_examples()], ids=lambda e: e.name)
 def test_a_site_comes_back_equal(example: Any) -> None:
     writer = Writer()
     data = json.loads(json.dumps(site_to_data(example.site, writer)))
@@ -70,6 +71,8 @@ def _text() -> dict[str, Any]:
         (("site", "keys"), 2**80, "64 bits"),
         (("site", "keys"), "53", "an integer expression is"),
         (("site", "score"), 10_000, "not one of the"),
+        (("site", "sink"), 10_000, "not one of the"),
+        (("site", "weight"), None, "not one of the"),
         (("tables", 0, "slot"), 7, "slot 7"),
         (("gradients", 0, "kind"), "dense", "known: tile"),
         (("nodes", 0), ["call", "system", [], "float32"], "the operation is 'system'"),

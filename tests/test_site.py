@@ -49,6 +49,14 @@ def test_origin_does_not_count() -> None:
             {"score": ALIBI, "key_heads": sympy.Integer(4), "value_dim": 3, "dropout": 0.1},
             "softmax(q·k + T0[h]·(j - i) | full, dropout 0.1) v  [B=2 H=4 M=5 N=7 D=8/3 fp32]",
         ),
+        (
+            {"keep": CAUSAL, "sink": Load(0, (H,), torch.float32), "fill": LOW},
+            "softmax((q·k)·0.5 | causal else min(fp32), sink T0[h]) v  [B=2 H=4/2 M=5 N=7 D=8 fp32]",
+        ),
+        (
+            {"weight": 1.0 - Load(0, (H,), torch.float32), "dropout": 0.1},
+            "(1 - T0[h])·softmax((q·k)·0.5 | full, dropout 0.1) v  [B=2 H=4/2 M=5 N=7 D=8 fp32]",
+        ),
     ],
 )
 def test_prints_as_one_line_of_mathematics(changes: dict[str, Any], line: str) -> None:
@@ -65,6 +73,24 @@ def test_symbols_are_the_sizes_that_the_formulas_mention() -> None:
     n = sympy.Symbol("s7", integer=True, positive=True)
     assert site(keep=expr.le(J, I + expr.Int(n))).symbols == (n,)
     assert site(keep=CAUSAL).symbols == ()
+    assert site(sink=Load(0, (expr.Int(n),), torch.float32)).symbols == (n,)
+    assert site(weight=Load(0, (expr.Int(n),), torch.float32)).symbols == (n,)
+
+
+def test_a_sink_is_a_key_without_a_value_and_a_weight_comes_after_the_softmax() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 8).double() for h, n in ((4, 5), (2, 7), (2, 7)))
+    sinks, gate = torch.randn(4).double(), torch.rand(4, 7).double()
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    logits = (q @ k.mT * 0.5).masked_fill(torch.arange(7) > torch.arange(5)[:, None] - 1, float("-inf"))
+    logits = torch.cat([logits, sinks[None, :, None, None].expand(2, 4, 5, 1)], -1)  # as gpt-oss does
+    want = (logits.softmax(-1)[..., :-1] * gate[:, None]) @ v
+    sink, weight = Load(0, (H,), torch.float64), Load(1, (H, J), torch.float64)
+    described = site(keep=expr.le(J, I - 1), sink=sink, weight=weight, key_heads=sympy.Integer(4))
+    out, lse = described.reference_lse(q, k, v, sinks, gate)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    assert not out[:, :, 0].any()
 
 
 def test_reference_is_the_plain_meaning() -> None:

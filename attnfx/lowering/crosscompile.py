@@ -112,6 +112,7 @@ def representative(target: str) -> Iterator[Job]:
         yield Job("causal", bf16, head_dim, target)
         yield Job("bias, finfo.min added", bf16, head_dim, target)
         yield Job("bias, finfo.min added", bf16, head_dim, target, biases)
+    yield Job("bias, finfo.min added, weight", bf16, 128, target)
     yield Job("causal", torch.float16, 80, target)
     for head_dim in (64, 128, 256):
         yield Job("causal", torch.float32, head_dim, target)

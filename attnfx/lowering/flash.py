@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attnfx.lowering.configs import Config, Kernel, default, fitted, padded, target_of
+from attnfx.lowering.configs import Config, Kernel, default, fitted, padded, relieved, target_of
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.flash_backward import flash_delta, flash_key_gradient, flash_query_gradient
@@ -264,7 +264,8 @@ class _Launch:
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
         group = heads // max(k.shape[1], 1)
         exact = program.exact_rows
-        chosen = config or fitted(default(kernel, q.dtype, d, dv, recorded_target() or target_of(q.device)), m, n)
+        usual = default(kernel, q.dtype, d, dv, recorded_target() or target_of(q.device))
+        chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
         switches = {

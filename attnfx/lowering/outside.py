@@ -60,11 +60,12 @@ def applied(
         # a sink of +inf is NaN in any softmax
         sink = _of_rows(plan.site.sink, lse, loads, values)
         sink = sink.masked_fill(sink == math.inf, math.nan)
-        scale = torch.sigmoid(_margin(plan, kernel, sink))
+        margin = _margin(plan, kernel, sink)
+        scale = torch.sigmoid(margin)
         if plan.site.empty_rows == "zero":
             scale = scale.masked_fill(lse == -math.inf, 0.0)
         if with_lse:
-            total = torch.logaddexp(lse, sink)
+            total = _total(lse, sink, margin)
     if plan.outer is not None:
         outer = _of_rows(plan.outer, lse, loads, values)
         scale = outer if scale is None else scale * outer
@@ -82,6 +83,13 @@ def _margin(plan: KernelPlan, kernel: Sequence[Tensor], sink: Tensor) -> Tensor:
         lost = (kernel[2] - sink) + kernel[3].abs().log() - margin
         lost = lost.masked_fill(~margin.isfinite(), 0.0)
     return margin + lost
+
+
+def _total(lse: Tensor, sink: Tensor, margin: Tensor) -> Tensor:
+    """log(exp(lse) + exp(sink)), its gradients from their exact difference ``margin``; no infinity meets one of the other sign."""
+    softplus = torch.nn.functional.softplus
+    total = torch.where(margin > 0.0, lse + softplus(-margin), sink + softplus(margin))
+    return torch.where(sink == -math.inf, lse, total)
 
 
 def _of_rows(e: Expr, like: Tensor, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> Tensor:

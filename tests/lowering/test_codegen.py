@@ -25,6 +25,7 @@ from lowering_sites import (
     t5,
     window,
 )  # fmt: skip
+from sink_cases import examples as sink_examples
 
 from attnfx import expr
 from attnfx.expr import Int
@@ -42,6 +43,12 @@ REVIEWED = {
     "alibi": site(alibi(), causal(), side=(side(HEADS),)),
     "softcap": site(softcap(), causal()),
     "t5": site(t5(), side=(side(32, HEADS, grad=True),)),
+    "weight": site(
+        keep=causal(),
+        weight=load(0, B, J, dtype=torch.bfloat16) * load(1, H),
+        sink=load(1, H),
+        side=(side(2, KEYS, dtype=torch.bfloat16), side(HEADS, grad=True)),
+    ),
     "bias": site(
         SCALED + expr.cast(load(0, H, I, J, dtype=torch.bfloat16), torch.float32),
         side=(side(HEADS, 37, KEYS, dtype=torch.bfloat16),),
@@ -63,7 +70,7 @@ def test_source_is_what_was_reviewed(name: str) -> None:
     assert text == path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("example", list(examples()), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [*examples(), *sink_examples()], ids=lambda e: e.name)
 def test_every_source_is_python(example: object) -> None:
     compile(source(example.site), "generated", "exec")  # type: ignore[attr-defined]
 

@@ -35,6 +35,8 @@ def test_plain_attention_has_no_objections(s: AttentionSite) -> None:
         (site(keep=expr.le(J, expr.integer(7))), "neither full nor exactly"),
         (site(SCALED + load(0, H), side=(side(HEADS),)), "side tensors"),
         (site(keep=causal(), keys=37, fill=-1e4), "fill is -10000"),
+        (site(sink=expr.constant(0.0, torch.float32)), "has a sink"),
+        (site(weight=expr.constant(2.0, torch.float32)), "factor after the softmax"),
     ],
 )
 def test_the_rest_is_objected_to(s: AttentionSite, reason: str) -> None:

@@ -80,7 +80,9 @@ def test_the_window_is_proved_so_that_blocks_outside_it_are_skipped(length: int 
 
 
 def test_nothing_but_the_mask_changes() -> None:
-    site = _site(37, 37, CAUSAL, fill=-1e9, dropout=0.1)
+    sink = expr.Load(0, (expr.index("h"),), torch.float64)
+    side = (SideTensor((sympy.Integer(4),), torch.float64),)
+    site = _site(37, 37, CAUSAL, fill=-1e9, dropout=0.1, sink=sink, weight=sink * 0.5, side=side)
     changed = SlidingWindow(5).apply(site)
     assert changed != site
     assert changed.replace(keep=site.keep) == site

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
-from attnfx.lowering.templates.tiles import column_pointers, dropout_scale, head_base, load_tile, row_pointers
+from attnfx.lowering.templates.tiles import column_pointers, head_base, load_tile, probability_factor, row_pointers
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches"])
@@ -211,8 +211,5 @@ def _tile_gradient(
         dot, statistics, i, j, key_ok, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, True,
     )  # fmt: skip
     dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
-    if WEIGHT is not None:
-        dweights = dweights * WEIGHT(b, h, i, j, loads, ints)
-    if DROPOUT:
-        dweights = dweights * dropout_scale(i, j, bh, noise)
+    dweights = dweights * probability_factor(i, j, (b, h, bh), noise, loads, ints, WEIGHT, DROPOUT)
     return logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)

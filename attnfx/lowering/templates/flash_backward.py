@@ -7,9 +7,9 @@ import triton.language as tl
 from attnfx.lowering.templates.gradient import gradient_range, logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.tiles import (
     column_pointers,
-    dropout_scale,
     head_base,
     load_tile,
+    probability_factor,
     row_pointers,
     tile_start,
 )
@@ -186,7 +186,7 @@ def _visit_keys(
     PRECISION: tl.constexpr,
 ):
     """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel."""
-    b, h, bh = at
+    b, h, _ = at
     k_step, v_step = steps
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
@@ -208,10 +208,7 @@ def _visit_keys(
             dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
         )  # fmt: skip
         dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
-        if WEIGHT is not None:
-            dweights = dweights * WEIGHT(b, h, i, j, loads, ints)
-        if DROPOUT:
-            dweights = dweights * dropout_scale(i, j, bh, noise)
+        dweights = dweights * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
         ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
         acc = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
@@ -358,7 +355,7 @@ def _visit_rows(
 ):
     """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions as
     in the forward kernel, of rows."""
-    b, h, bh = at
+    b, h, _ = at
     q_step, grad_step = steps
     offs_m = tl.arange(0, BLOCK_M)
     d_ok = (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -383,19 +380,9 @@ def _visit_rows(
             dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
         )  # fmt: skip
         # dv before dweights: fewer tiles are alive at once
-        survived = weights
-        if WEIGHT is not None:
-            factor = WEIGHT(b, h, i, j, loads, ints)
-            survived = survived * factor
-        if DROPOUT:
-            scale = dropout_scale(i, j, bh, noise)
-            survived = survived * scale
-        dv = tl.dot(survived.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-        dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
-        if WEIGHT is not None:
-            dweights = dweights * factor
-        if DROPOUT:
-            dweights = dweights * scale
+        factor = probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
+        dv = tl.dot((weights * factor).to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
+        dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION) * factor
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
         ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)

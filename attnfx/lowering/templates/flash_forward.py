@@ -8,9 +8,9 @@ from attnfx.lowering.templates.tiles import (
     LN2,
     LOG2E,
     column_pointers,
-    dropout_scale,
     head_base,
     load_tile,
+    probability_factor,
     row_pointers,
     tile_start,
     visited_range,
@@ -184,7 +184,7 @@ def _visit(
     Positions run from lo to hi. Where MASKED, those from `split` on lie `gap` keys further: one loop serves the masked
     tiles on either side of the unmasked ones.
     """
-    b, h, bh = at
+    b, h, _ = at
     k_step, v_step = steps
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
@@ -227,10 +227,7 @@ def _visit(
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         m = m_new
-        if WEIGHT is not None:
-            p = p * WEIGHT(b, h, i, j, loads, ints)
-        if DROPOUT:
-            p = p * dropout_scale(i, j, bh, noise)
+        p = p * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
         # v_tile [BLOCK_N, BLOCK_DV]
         v_tile = load_tile(values + tl.cast(start, tl.int64) * v_step, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)

@@ -84,3 +84,17 @@ def dropout_scale(i, j, bh, noise):
     zero = (i + j) * 0
     random, _, _, _ = tl.philox(seed, zero + j, zero + i, zero + bh, zero)
     return tl.where(tl.uint_to_uniform_float(random) >= probability, 1.0 / (1.0 - probability), 0.0)
+
+
+@triton.jit
+def probability_factor(i, j, at, noise, loads, ints, WEIGHT: tl.constexpr, DROPOUT: tl.constexpr):
+    """What multiplies the probabilities after the softmax, a tile: the site's weight, the dropout mask, or the number 1."""
+    b, h, bh = at
+    factor = 1.0
+    if WEIGHT is not None:
+        factor = WEIGHT(b, h, i, j, loads, ints)
+        if DROPOUT:
+            factor = factor * dropout_scale(i, j, bh, noise)
+    elif DROPOUT:
+        factor = dropout_scale(i, j, bh, noise)
+    return factor
