@@ -27,11 +27,9 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Cal
     if options.inner != "inductor":
         compiler: Compiler = options.inner if callable(options.inner) else torch._dynamo.lookup_backend(options.inner)
         return cast(Callable[..., Any], compiler(gm, inputs))
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from attnfx import inductor
 
-    patches = list_mode_options(options.mode) if options.mode != "default" else {}
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches or None))
+    return inductor.compile_graph(gm, inputs, options.mode)
 
 
 def _verified(compiled: Callable[..., Any], original: fx.GraphModule, options: Options) -> Callable[..., Any]:
