@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from attnfx import levels
 from attnfx.integers import Ranges
 
 
@@ -165,6 +166,7 @@ def _undisturbed() -> Iterator[None]:
             stack.callback(torch.set_autocast_dtype, device, dtype)
             stack.callback(torch.set_autocast_enabled, device, enabled)
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(levels.restored())
         yield
 
 
@@ -281,6 +283,7 @@ class _Tracer(fx.Interpreter):
         self.value: dict[fx.Node, str] = {}
         self.results: dict[fx.Node, Any] = {}
         self.blind: dict[fx.Node, str] = {}
+        self.closed = levels.closed(gm.graph)
 
     def run_fake(self, *inputs: Any) -> Any:
         # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
@@ -333,6 +336,8 @@ class _Tracer(fx.Interpreter):
             return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def not_traceable(self, n: fx.Node) -> str | None:
+        if n in self.closed:
+            return self.closed[n]
         if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
             return "a number known only at run time"
         if isinstance(n.target, torch._ops.HigherOrderOperator):
