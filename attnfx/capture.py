@@ -118,7 +118,7 @@ def capture(gm: fx.GraphModule) -> Mirror:
     """Trace ``gm`` (with ``example_value`` metadata, as Dynamo makes it) to its mirror. Never raises for what a model may hold."""
     world = _World(gm)
     tracer = _Tracer(gm, world)
-    with torch._guards.tracing(None), _undisturbed():
+    with torch._guards.tracing(None), undisturbed():
         traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
@@ -157,7 +157,7 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Restore the global modes that graph nodes switch (grad mode, autocast) however tracing ends."""
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
