@@ -91,11 +91,10 @@ def verify(model: Any, *args: Any, policy: Any = None, **kwargs: Any) -> Verific
     AttnfxWarning and listed in ``report.missed``. Runs the model four times, without gradients.
     """
     options = Options.parse(None, {"policy": policy, "inner": "eager", "verify": True})
-    with torch.no_grad():
-        report = _report(model, args, kwargs, None, options)
-        with _fresh():
-            expected = model(*args, **kwargs)
-            found = compile(model, policy, inner="eager")(*args, **kwargs)
+    report = _report(model, args, kwargs, None, options)
+    with torch.no_grad(), _fresh():
+        expected = model(*args, **kwargs)
+        found = compile(model, policy, inner="eager")(*args, **kwargs)
     errors = {}
     for (path, a), b in zip(pytree.tree_leaves_with_path(found), pytree.tree_leaves(expected), strict=True):
         if isinstance(a, torch.Tensor) and a.is_floating_point():

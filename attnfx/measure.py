@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,24 @@ def measure(probe: Probe, inputs: Sequence[Any]) -> dict[str, float]:
     Unmeasurable where the inputs are not real tensors."""
     if any(isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta) for t in inputs):
         raise Unmeasurable("the compile was not given real tensors")
-    devices = {t.device.index for t in inputs if isinstance(t, Tensor) and t.device.type == "cuda"}
     found: dict[str, float] = {}
-    with torch._guards.tracing(None), undisturbed(), torch.random.fork_rng(sorted(devices)), torch.no_grad():
+    with torch._guards.tracing(None), undisturbed(), random_numbers_kept(inputs), torch.no_grad():
         _Beside(probe, found).run(*copied(inputs))
     return found
+
+
+@contextmanager
+def random_numbers_kept(inputs: Sequence[Any]) -> Iterator[Callable[[], bool]]:
+    """The random number generators of the CPU and of the devices of ``inputs`` are in the end as they were. Gives a function that
+    tells whether numbers were drawn."""
+    devices = sorted({t.device.index for t in inputs if isinstance(t, Tensor) and t.device.type == "cuda"})
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in devices)]
+
+    with torch.random.fork_rng(devices):
+        before = states()
+        yield lambda: not all(torch.equal(a, b) for a, b in zip(before, states(), strict=True))
 
 
 class Unmeasurable(Exception):

@@ -95,16 +95,14 @@ def drop_unread(gm: fx.GraphModule, names: Collection[str]) -> None:
             region.module.graph.erase_node(inputs[k])
         region.module.recompile()
         region.node.args = tuple(a for k, a in enumerate(region.node.args) if k - 1 not in unread)
-        for node in given:
-            _erase(gm.graph, node)
-
-
-def _erase(graph: fx.Graph, node: Any) -> None:
-    if isinstance(node, fx.Node) and not node.users and _named(node) in _FORMULA and node.op.startswith("call"):
-        before = node.all_input_nodes
-        graph.erase_node(node)
-        for older in before:
-            _erase(graph, older)
+        queue = [node for node in given if isinstance(node, fx.Node)]
+        erased = set[fx.Node]()
+        while queue:
+            node = queue.pop()
+            if node not in erased and not node.users and node.op.startswith("call") and _named(node) in _FORMULA:
+                queue += node.all_input_nodes
+                gm.graph.erase_node(node)
+                erased.add(node)
 
 
 def _formula(mirror: Mirror, node: fx.Node) -> list[fx.Node] | None:
