@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 from attnfx import backend, counting, measure
 from attnfx.options import Options
 from attnfx.report import Report
-from attnfx.report_text import TOP
 
 
 def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
@@ -80,7 +79,6 @@ class Verification:
 
     def __str__(self) -> str:
         lines = [f"{name or 'output'}: relative L2 error {error:.3g}" for name, error in self.outputs.items()]
-        lines += [f"{site.module or TOP} ({site.name}): {site.measured}" for site in self.report.sites]
         return "\n".join([*lines, str(self.report)])
 
 

@@ -18,7 +18,7 @@ from attnfx.composites import expand_composites
 from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, AttnfxWarning, UnknownOption, VerificationError
 from attnfx.inner import compile_inner
-from attnfx.levels import closed, mapped
+from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering.plan import KernelPlan
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
@@ -92,8 +92,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
         mirror = capture(work)
     matches, near = patterns.recognise(mirror)
     lost = [_missed(mirror, m) for m in near] + _shut(work)
-    if mirror.reason and matches:
-        lost += [_lost(mirror, m, mirror.reason) for m in matches]
+    if (reason := mirror.reason or forward_mode()) and matches:
+        lost += [_lost(mirror, m, reason) for m in matches]
         matches = []
     splicer = Splicer(work, mirror)
     sites: list[SiteReport] = []
@@ -158,6 +158,7 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph, metadata included."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
+    copy.set_codegen(graph._codegen)  # an exported graph's says how its inputs are nested
     return copy
 
 

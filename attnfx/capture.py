@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from attnfx import levels
 from attnfx.integers import Ranges
+from attnfx.surroundings import undisturbed
 
 
 def opaque(*args: Any) -> Any:
@@ -154,20 +154,6 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
     for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
             yield value
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Restore the global modes that graph nodes switch (grad mode, autocast) however tracing ends."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        for device in ("cpu", "cuda"):
-            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            stack.callback(torch.set_autocast_dtype, device, dtype)
-            stack.callback(torch.set_autocast_enabled, device, enabled)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(levels.restored())
-        yield
 
 
 class _World:

@@ -32,6 +32,12 @@ def closed(graph: fx.Graph) -> dict[fx.Node, str]:
     return found
 
 
+def forward_mode() -> str:
+    """Why a graph that is compiled now stays as it was: derivatives are carried forward through it. Empty otherwise."""
+    level = torch.autograd.forward_ad._current_level
+    return "" if level < 0 else "it is compiled inside torch.autograd.forward_ad.dual_level, and attnfx has derivatives backward only"
+
+
 def mapped(graph: fx.Graph) -> frozenset[fx.Node]:
     """The nodes of ``graph`` that run once for each example of a vmap."""
     return frozenset(node for span, kinds in _spans(graph) if kinds == ["vmap"] * len(kinds) for node in span)
