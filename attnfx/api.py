@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx import backend
+from attnfx import backend, counting, measure
 from attnfx.options import Options
 from attnfx.report import Report
 
@@ -22,8 +22,9 @@ def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, full
     Raises UnknownOption or PolicyError at once, not at the first call.
     """
     given = {**options, "policy": policy} if policy is not None else options
-    Options.parse(None, given)
-    return torch.compile(model, backend=backend.attnfx, dynamic=dynamic, fullgraph=fullgraph, options=given)
+    parsed = Options.parse(None, given)
+    compiled = torch.compile(model, backend=backend.attnfx, dynamic=dynamic, fullgraph=fullgraph, options=given)
+    return compiled if parsed.strict_sites is None else counting.checked(compiled, given)
 
 
 def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = None, **kwargs: Any) -> Report:
@@ -31,11 +32,14 @@ def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = N
 
     Runs the model once, eagerly and without gradients unless they are enabled around the call; nothing is compiled for speed.
     """
-    options = Options.parse(None, {"policy": policy, "inner": "eager"})
+    return _report(model, args, kwargs, dynamic, Options.parse(None, {"policy": policy, "inner": "eager"}))
+
+
+def _report(model: Any, args: Any, kwargs: Any, dynamic: bool | None, options: Options) -> Report:
     reports: list[Report] = []
 
     def look(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        _, report = backend.rewrite(gm, options)
+        _, report = backend.rewrite(gm, options, inputs)
         reports.append(report)
         return gm.forward
 
@@ -57,10 +61,16 @@ def _fresh() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Verification:
-    """Relative L2 errors of a rewritten model against the original: of each output, by its place, and the report of the sites."""
+    """A rewritten model against the original: relative L2 errors of each output, by its place, and the report of the sites, whose
+    ``measured`` is the error of each on the operands that the model gives it."""
 
     outputs: Mapping[str, float]
     report: Report
+
+    @property
+    def sites(self) -> Mapping[str, measure.Measured]:
+        """What each rewritten attention measured, by the site's name."""
+        return {site.name: site.measured for site in self.report.sites if site.measured is not None}
 
     @property
     def worst(self) -> float:
@@ -73,14 +83,18 @@ class Verification:
 
 
 def verify(model: Any, *args: Any, policy: Any = None, **kwargs: Any) -> Verification:
-    """The model's outputs with its attentions rewritten, against its own, in numbers. Runs the model three times."""
-    report = explain(model, *args, policy=policy, **kwargs)
+    """The model with its attentions rewritten against its own, in numbers: each output end to end, and each site by itself.
+
+    A site whose exact rewrite differs beyond the bound (:data:`attnfx.measure.TOLERANCE` times the epsilon of its dtype) is put back with an
+    AttnfxWarning and listed in ``report.missed``. Runs the model four times, without gradients.
+    """
+    options = Options.parse(None, {"policy": policy, "inner": "eager", "verify": True})
+    report = _report(model, args, kwargs, None, options)
     with torch.no_grad(), _fresh():
         expected = model(*args, **kwargs)
         found = compile(model, policy, inner="eager")(*args, **kwargs)
     errors = {}
     for (path, a), b in zip(pytree.tree_leaves_with_path(found), pytree.tree_leaves(expected), strict=True):
         if isinstance(a, torch.Tensor) and a.is_floating_point():
-            difference = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
-            errors[pytree.keystr(path)] = float(difference)
+            errors[pytree.keystr(path)] = measure.difference(a, b)
     return Verification(errors, report)

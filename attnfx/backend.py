@@ -5,24 +5,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from attnfx import patterns
+from attnfx import counting, patterns
+from attnfx import measure as measuring
 from attnfx.capture import Mirror, capture
 from attnfx.composites import expand_composites
 from attnfx.decide import Decision, decide
-from attnfx.errors import AttnfxError, AttnfxWarning, UnknownOption
+from attnfx.errors import AttnfxError, AttnfxWarning, UnknownOption, VerificationError
 from attnfx.inner import compile_inner
+from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering.plan import KernelPlan
 from attnfx.options import Options
-from attnfx.origin import origin_of
+from attnfx.origin import module_path, origin_of, source_line
 from attnfx.patterns.matcher import Match
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
+from attnfx.subgraphs import drop_unread, regions, sink_masks
 
 #: Where reports of compiles go while somebody is listening.
 listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfx_listeners", default=())
@@ -42,16 +46,26 @@ def attnfx(
     and warns once, or raises with ``options={"strict": True}``.
     """
     parsed = Options.parse(mode, options)
-    rewritten, report = rewrite(gm, parsed)
+    rewritten, report = rewrite(gm, parsed, example_inputs)
     for listen in listeners.get():
         listen(report)
-    return compile_inner(rewritten, gm, example_inputs, parsed)
+    tally = None if parsed.strict_sites is None else counting.count(parsed.strict_sites, report, gm, options)
+    compiled = compile_inner(rewritten, gm, example_inputs, parsed)
+    return compiled if tally is None else tally.watched(compiled)
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
-    """``gm`` with its attentions replaced (``gm`` itself stays as it is), and what was found and decided."""
+def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> tuple[fx.GraphModule, Report]:
+    """``gm`` with its attentions replaced (``gm`` itself stays as it is), and what was found and decided.
+
+    With ``options.verify`` each replacement is compared with its original on ``inputs``, and taken back where it differs.
+    """
     try:
-        return _rewrite(gm, options)
+        done = _rewrite(gm, options, {}, "")
+        if options.verify and done.report.sites:
+            done = _verified(gm, options, inputs, done)
+        for text in (warned := _policy_warnings(options, done.report.sites)):
+            warnings.warn(text, AttnfxWarning, stacklevel=2)
+        return done.gm, replace(done.report, policy_warnings=warned)
     except AttnfxError:
         raise
     except Exception as error:
@@ -61,65 +75,122 @@ def rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repor
         return gm, Report(sites=(), missed=(Missed("", f"internal error: {error}", ""),), before=readable(gm), after=readable(gm))
 
 
-def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Report]:
+@dataclass(frozen=True)
+class _Rewritten:
+    gm: fx.GraphModule
+    report: Report
+    probe: measuring.Probe
+
+
+def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], prefix: str) -> _Rewritten:
+    """``gm`` and the graphs inside it rewritten. ``refused``: sites by name that stay, and why; ``prefix``: of the names in ``gm``."""
     work = fx.GraphModule(gm, _copied(gm.graph))
     mirror = capture(work)
     if expand_composites(work, mirror):
         mirror = capture(work)
-    matches, missed = patterns.recognise(mirror)
-    if mirror.reason and matches:
-        refused = [Missed(origin_of(mirror, m.candidate.output).module, mirror.reason, m.candidate.output.name) for m in matches]
-        return gm, Report(sites=(), missed=tuple(refused), before=readable(gm), after=readable(gm))
+    if sink_masks(work, mirror):
+        mirror = capture(work)
+    matches, near = patterns.recognise(mirror)
+    lost = [_missed(mirror, m) for m in near] + _shut(work)
+    if (reason := mirror.reason or forward_mode()) and matches:
+        lost += [_lost(mirror, m, reason) for m in matches]
+        matches = []
     splicer = Splicer(work, mirror)
     sites: list[SiteReport] = []
-    lost: list[Missed] = []
+    pairs: list[tuple[str, fx.Node, fx.Node]] = []
     for match in matches:
-        entry = _serve(splicer, mirror, match, options)
+        old = mirror.dynamo_of.get(match.candidate.output)
+        entry = _serve(splicer, mirror, match, options, refused, prefix)
         if isinstance(entry, SiteReport):
+            assert old is not None
             sites.append(entry)
+            pairs.append((entry.name, old, mirror.dynamo_of[match.candidate.output]))
         else:
             lost.append(entry)
+    probe = measuring.probe(work, pairs if options.verify else ())
+    ours = set()
+    for region in regions(work):
+        inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.")
+        setattr(work, region.name, inner.gm)
+        if inner.gm is not getattr(gm, region.name, None):
+            ours.add(region.name)
+        setattr(probe.gm, region.name, inner.probe.gm)
+        probe.inside[region.name] = inner.probe
+        sites += inner.report.sites
+        lost += inner.report.missed
     splicer.prune()
+    drop_unread(work, ours)
     work.graph.lint()
     work.recompile()
-    lost += [_missed(mirror, m) for m in missed]
-    report = Report(tuple(sites), tuple(lost), readable(gm), readable(work), _policy_warnings(options, sites))
-    for text in report.policy_warnings:
-        warnings.warn(text, AttnfxWarning, stacklevel=2)
-    return (work if sites else gm), report
+    report = Report(tuple(sites), tuple(lost), readable(gm), readable(work))
+    return _Rewritten(work if sites else gm, report, probe)
+
+
+def _verified(gm: fx.GraphModule, options: Options, inputs: Sequence[Any], done: _Rewritten) -> _Rewritten:
+    """``done`` with what each site gave beside its original; sites beyond the bound are put back, with a warning or an error."""
+    measured = measuring.of_sites(done.probe, done.report.sites, inputs)
+    bad = {name: f"verification: its rewrite differs from the original, {m}" for name, m in measured.items() if m.beyond}
+    for site in done.report.sites:
+        if site.name in bad:
+            text = f"{site.name} in {site.module or 'the model itself'} ({site.source}): {bad[site.name]}; it stays as it was."
+            if options.strict:
+                raise VerificationError(text)
+            warnings.warn(text, AttnfxWarning, stacklevel=3)
+    if bad:
+        done = _rewrite(gm, options, bad, "")
+    sites = tuple(replace(site, measured=measured.get(site.name)) for site in done.report.sites)
+    return replace(done, report=replace(done.report, sites=sites))
+
+
+def _shut(gm: fx.GraphModule) -> list[Missed]:
+    """What looks like an attention where a graph cannot be looked into."""
+    named = ("softmax", "scaled_dot_product_attention")
+    shut = {node: why for node, why in closed(gm.graph).items() if getattr(node.target, "__name__", node.target) in named}
+    return [Missed(module_path(node), why, node.name, source_line(node)) for node, why in shut.items()]
+
+
+def _lost(mirror: Mirror, match: Match, reason: str) -> Missed:
+    origin = origin_of(mirror, match.candidate.output)
+    return Missed(origin.module, reason, match.candidate.output.name, origin.source)
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph, metadata included."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
+    copy.set_codegen(graph._codegen)  # an exported graph's says how its inputs are nested
     return copy
 
 
-def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> SiteReport | Missed:
+def _serve(
+    splicer: Splicer, mirror: Mirror, match: Match, options: Options, refused: Mapping[str, str], prefix: str
+) -> SiteReport | Missed:
     """Decide one match and splice the decision in."""
     origin = origin_of(mirror, match.candidate.output)
+    name = prefix + origin.node
     site = match.site.replace(origin=origin)
     decision = decide(site, options.policy)
     if match.candidate.output not in mirror.dynamo_of:
         inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
-        return Missed(origin.module, inside, match.candidate.output.name, origin.source)
+        return _lost(mirror, match, inside)
+    if site.dropout and mirror.dynamo_of[match.candidate.output] in mapped(splicer.graph):
+        return _lost(mirror, match, "it drops at random inside torch.func's vmap, which has rules of its own for randomness")
     also = match.candidate.also and f"its probabilities are also used by {match.candidate.also}"
     if also and not decision.exact:
-        return Missed(origin.module, f"{also}: a variant would not fit them", match.candidate.output.name, origin.source)
-    if decision.kernel is None:
-        return Missed(origin.module, decision.reason, match.candidate.output.name, origin.source)
+        return _lost(mirror, match, f"{also}: a variant would not fit them")
+    if name in refused or decision.kernel is None:
+        return _lost(mirror, match, refused.get(name, decision.reason))
     try:
         splicer.splice(match, _caller(splicer, decision))
     except Exception as error:
         if options.strict:
             raise
         warnings.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
-        return Missed(origin.module, f"internal error: {error}", match.candidate.output.name, origin.source)
+        return _lost(mirror, match, f"internal error: {error}")
     return SiteReport(
-        name=origin.node, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
-        variant=decision.variant,
-        reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason, exact=decision.exact, kernel=_source(decision), source=origin.source,
+        name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
+        variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
+        exact=decision.exact, kernel=_source(decision), source=origin.source,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from attnfx import levels
 from attnfx.integers import Ranges
+from attnfx.surroundings import undisturbed
 
 
 def opaque(*args: Any) -> Any:
@@ -143,7 +144,7 @@ def capture(gm: fx.GraphModule) -> Mirror:
     """Trace ``gm`` (with ``example_value`` metadata, as Dynamo makes it) to its mirror. Never raises for what a model may hold."""
     world = _World(gm)
     tracer = _Tracer(gm, world)
-    with torch._guards.tracing(None), _undisturbed():
+    with torch._guards.tracing(None), undisturbed():
         traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
@@ -190,19 +191,6 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             yield from (x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node))
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Restore the global modes that graph nodes switch (grad mode, autocast) however tracing ends."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        for device in ("cpu", "cuda"):
-            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            stack.callback(torch.set_autocast_dtype, device, dtype)
-            stack.callback(torch.set_autocast_enabled, device, enabled)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        yield
 
 
 class _World:
@@ -318,6 +306,7 @@ class _Tracer(fx.Interpreter):
         self.value: dict[fx.Node, str] = {}
         self.results: dict[fx.Node, Any] = {}
         self.blind: dict[fx.Node, str] = {}
+        self.closed = levels.closed(gm.graph)
 
     def run_fake(self, *inputs: Any) -> Any:
         # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
@@ -370,6 +359,8 @@ class _Tracer(fx.Interpreter):
             return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def not_traceable(self, n: fx.Node) -> str | None:
+        if n in self.closed:
+            return self.closed[n]
         if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
             return "a number known only at run time"
         if isinstance(n.target, torch._ops.HigherOrderOperator):

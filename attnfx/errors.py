@@ -33,6 +33,28 @@ class Objection(AttnfxError):
         return f"{self.variant} cannot serve {self.module or 'the attention at the top of the model'}: " + " ".join(self.reasons)
 
 
+class VerificationError(AttnfxError):
+    """With ``strict``: the rewrite of an attention, or a whole graph, gave something else than the original; the message has the numbers."""
+
+
+class SiteCountError(AttnfxError):
+    """Not as many attentions were rewritten as ``strict_sites`` demands.
+
+    `expected` and `found` are the numbers, `sites` and `missed` one line for each attention and for each near miss.
+    """
+
+    def __init__(self, expected: int, sites: Iterable[str], missed: Iterable[str], hint: str = "") -> None:
+        self.expected, self.sites, self.missed, self.hint = expected, tuple(sites), tuple(missed), hint
+        self.found = len(self.sites)
+        super().__init__(expected, self.sites, self.missed, hint)
+
+    def __str__(self) -> str:
+        lines = [f"{self.found} attentions were rewritten, and strict_sites demands {self.expected}.{self.hint}"]
+        for title, entries in (("Rewritten:", self.sites), ("Left as they were:", self.missed)):
+            lines += [title, *(f"  {entry}" for entry in entries or ("none",))]
+        return "\n".join(lines)
+
+
 class AttnfxWarning(UserWarning):
     """Something the user should know that is not an error: a rule that matched nothing, a site that stays as it was."""
 

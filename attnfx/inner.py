@@ -10,12 +10,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.errors import AttnfxError, AttnfxWarning
+from attnfx import measure
+from attnfx.errors import AttnfxWarning, VerificationError
 from attnfx.options import Compiler, Options
-
-#: The largest relative error, as a multiple of the dtype's epsilon, that verification of an exact rewrite accepts.
-TOLERANCE = 64.0
-
 
 def compile_inner(gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """``gm`` compiled by the inner backend; with ``verify``, its first results are compared with ``original``'s."""
@@ -27,11 +24,9 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Cal
     if options.inner != "inductor":
         compiler: Compiler = options.inner if callable(options.inner) else torch._dynamo.lookup_backend(options.inner)
         return cast(Callable[..., Any], compiler(gm, inputs))
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from attnfx import inductor
 
-    patches = list_mode_options(options.mode) if options.mode != "default" else {}
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches or None))
+    return inductor.compile_graph(gm, inputs, options.mode)
 
 
 def _verified(compiled: Callable[..., Any], original: fx.GraphModule, options: Options) -> Callable[..., Any]:
@@ -42,11 +37,13 @@ def _verified(compiled: Callable[..., Any], original: fx.GraphModule, options: O
         if done:
             return compiled(*args)
         done = True
-        copies = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
+        copies = measure.copied(args)
         result = compiled(*args)
-        with torch.no_grad():
+        with torch.no_grad(), measure.random_numbers_kept(copies) as drawn:
             expected = original.forward(*copies)
-        _compare(result, expected, options)
+            random = drawn()
+        if not random:  # a compiled graph draws other numbers than an eager one
+            _compare(result, expected, options)
         return result
 
     return call
@@ -56,13 +53,12 @@ def _compare(result: Any, expected: Any, options: Options) -> None:
     for k, (a, b) in enumerate(zip(pytree.tree_leaves(result), pytree.tree_leaves(expected), strict=True)):
         if not (isinstance(a, torch.Tensor) and a.is_floating_point()):
             continue
-        error = float((a.detach().double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-        bound = TOLERANCE * torch.finfo(a.dtype).eps
+        error, bound = measure.difference(a, b), measure.bound(a.dtype)
         if error <= bound or options.policy.rules:
             continue
         message = (
             f"output {k} of the rewritten graph differs from the original's by {error:.3g} (relative L2), more than {bound:.3g}"
         )
         if options.strict:
-            raise AttnfxError(message)
+            raise VerificationError(message)
         warnings.warn(message, AttnfxWarning, stacklevel=2)

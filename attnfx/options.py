@@ -20,13 +20,16 @@ TUNE = ("off",)
 class Options:
     """``policy``: a Policy, rules, or the path of a policy file. ``strict``: internal errors and refusals of a variant
     raise instead of
-    leaving a site as it was. ``verify``: the first call also runs the original graph and reports the error against it.
+    leaving a site as it was. ``strict_sites``: a SiteCountError unless exactly so many attentions were rewritten
+    (:mod:`attnfx.counting`). ``verify``: "first" or True, the first call runs every rewritten attention and its original side by side on the
+    real inputs, puts back what differs beyond the bound, and compares the whole graph with the original (:mod:`attnfx.measure`).
     ``inner``: what compiles the rewritten graph, "inductor" or another backend's name or callable. ``mode``: Inductor's mode.
     ``tune``: "off", kernels run in their default configurations.
     """
 
     policy: Policy = field(default_factory=Policy)
     strict: bool = False
+    strict_sites: int | None = None
     verify: bool = False
     inner: str | Compiler = "inductor"
     mode: str = "default"
@@ -42,9 +45,13 @@ class Options:
                 raise UnknownOption(f'attnfx has no option "{key}"; it has {listing(known)}.{nearest(str(key), known)}')
         if mode is not None:
             given.setdefault("mode", mode)
-        for name in ("strict", "verify"):
-            if not isinstance(given.get(name, False), bool):
-                raise UnknownOption(f'The option "{name}" is {given[name]!r}; it must be True or False.')
+        for name, also in (("strict", ()), ("verify", ("first",))):
+            if not isinstance(given.get(name, False), bool) and given[name] not in also:
+                allowed = "".join(f', or "{value}"' for value in also)
+                raise UnknownOption(f'The option "{name}" is {given[name]!r}; it must be True or False{allowed}.')
+        sites = given.get("strict_sites")
+        if sites is not None and (isinstance(sites, bool) or not isinstance(sites, int) or sites < 0):
+            raise UnknownOption(f'The option "strict_sites" is {sites!r}; it must be a number of attentions, or None.')
         _among("mode", given.get("mode", "default"), MODES)
         _among("tune", given.get("tune", "off"), TUNE)
         inner = given.get("inner", "inductor")
@@ -52,7 +59,7 @@ class Options:
             _among("inner", inner, [name for name in torch._dynamo.list_backends(()) if name != "attnfx"])
         elif not callable(inner):
             raise UnknownOption(f'The option "inner" is {inner!r}; it must be the name of a backend or a callable.')
-        return Options(**{**given, "policy": Policy.coerce(given.get("policy"))})
+        return Options(**{**given, "verify": bool(given.get("verify")), "policy": Policy.coerce(given.get("policy"))})
 
 
 def _among(name: str, value: object, allowed: Any) -> None:

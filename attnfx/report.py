@@ -14,6 +14,7 @@ from attnfx.report_html import page
 from attnfx.report_text import table
 
 if TYPE_CHECKING:
+    from attnfx.measure import Measured
     from attnfx.site import AttentionSite
     from attnfx.variants.base import Variant
 
@@ -25,7 +26,8 @@ class SiteReport:
     `name` is unique in its graph, `module` the module path, `pattern` the family that recognised it, `site` the
     attention itself (`str(site)` is its formula in one line), `decision` what runs it, `variant` the variant that the
     policy chose (None: the model's own attention), `reason` why, `exact` whether the result is the model's own,
-    `kernel` the generated source or None where no kernel was generated, `source` the line of the model's code.
+    `kernel` the generated source or None where no kernel was generated, `source` the line of the model's code, `measured` the
+    error against the original where a verification measured it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class SiteReport:
     exact: bool
     kernel: str | None = None
     source: str = ""
+    measured: "Measured | None" = None
 
     @property
     def exactness(self) -> str:
@@ -50,7 +53,8 @@ class SiteReport:
         """Plain data: the fields, with the formula beside the site's sizes, dtype and expressions."""
         flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         variant = self.variant.to_dict() if self.variant is not None else None
-        return flat | {"formula": str(self.site), "site": _site_as_data(self.site), "variant": variant}
+        measured = None if self.measured is None else {k: _plain(v) for k, v in dataclasses.asdict(self.measured).items()}
+        return flat | {"formula": str(self.site), "site": _site_as_data(self.site), "variant": variant, "measured": measured}
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """A report as text: a table of at most 100 columns in which equal layers share an entry."""
 
+import re
 import textwrap
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from attnfx.module_paths import fold
 
 if TYPE_CHECKING:
-    from attnfx.report import Report, SiteReport
+    from attnfx.report import Missed, Report, SiteReport
 
 WIDTH = 100
 TOP = "(the model itself)"
@@ -21,11 +23,7 @@ def table(report: "Report") -> str:
     if report.sites:
         blocks.append(_sites(report))
     if report.missed:
-        modules: dict[str, list[str]] = {}
-        for missed in report.missed:
-            modules.setdefault(missed.reason, []).append(missed.module)
-        lines = [_wrapped(f"{where}: {reason}", "  ") for reason in modules for where in _named(modules[reason])]
-        blocks.append("\n".join(["Left as they were:", *lines]))
+        blocks.append("\n".join(["Left as they were:", *_near_misses(report.missed)]))
     if report.policy_warnings:
         blocks.append("\n".join(["Policy:", *(_wrapped(warning, "  ") for warning in report.policy_warnings)]))
     return "\n\n".join(blocks)
@@ -79,7 +77,24 @@ def _sites(report: "Report") -> str:
         lines.extend(rest)
         lines.append(_wrapped(str(site.site), "  "))
         lines.append(_wrapped(site.reason, "  "))
+        if (measured := [s.measured for s in group.sites if s.measured is not None]):
+            lines.append(_wrapped(f"verified: {max(measured, key=lambda m: (m.beyond, m.error))}", "  "))
     return "\n".join(lines)
+
+
+def _near_misses(missed: Iterable["Missed"]) -> Iterator[str]:
+    """Each reason once, for all the places that it holds for, and the lines of code that they are in.
+
+    Reasons that differ in the numbers of nodes only, as those of repeated layers do, are one reason.
+    """
+    alike: dict[str, list[Missed]] = {}
+    for miss in missed:
+        alike.setdefault(re.sub(r"(?<=[A-Za-z])_\d+\b", "", miss.reason), []).append(miss)
+    for misses in alike.values():
+        for where in _named([miss.module for miss in misses]):
+            yield _wrapped(f"{where}: {misses[0].reason}", "  ")
+        for source in dict.fromkeys(miss.source for miss in misses if miss.source):
+            yield "    at " + (source if len(source) <= WIDTH - 7 else source[: WIDTH - 11] + " ...")
 
 
 def _named(modules: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ class Splicer:
             for node in reversed(self.made):
                 self.graph.erase_node(node)
             raise
-        result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k != "example_value"}}
+        result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k not in ("example_value", "val")}}
         old.replace_all_uses_with(result)
         self.mirror.dynamo_of[match.candidate.output] = result
         self.replaced.append(old)
@@ -133,7 +133,7 @@ class Splicer:
 
     def laid_out(self, node: fx.Node, old: fx.Node) -> fx.Node:
         """``node`` with its axes in memory in the order that the model's own result has them."""
-        order = memory_order(old.meta.get("example_value"))
+        order = memory_order(old.meta.get("example_value", old.meta.get("val")))
         if order == sorted(order):
             return self.call(_ATEN.contiguous.default, node)
         moved = self.call(_ATEN.contiguous.default, self.call(_ATEN.permute.default, node, order))
@@ -199,6 +199,11 @@ class Splicer:
             example = placeholder.meta.get("example_value")
             if isinstance(example, torch.SymInt) and as_sympy(example) == user:
                 return placeholder  # type: ignore[no-any-return]
+        for placeholder in self.graph.find_nodes(op="placeholder"):  # an exported graph has no inputs that are sizes
+            example = placeholder.meta.get("val")
+            for axis, size in enumerate(example.shape if isinstance(example, torch.Tensor) else ()):
+                if isinstance(size, torch.SymInt) and as_sympy(size) == user:
+                    return self.call(_ATEN.sym_size.int, placeholder, axis)
         raise LookupError(f"the size {s} is not an input of the graph")
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -45,7 +45,10 @@ X = torch.linspace(-1, 1, 2 * 9 * 8).view(2, 9, 8)
     [
         ({"polcy": None}, r'no option "polcy".*Did you mean "policy"'),
         ({"inner": "inducter"}, r'"inner" is .inducter.; it must be one of .*"inductor".*Did you mean'),
-        ({"strict": "yes"}, r'"strict" is .yes.; it must be True or False'),
+        ({"strict": "yes"}, r'"strict" is .yes.; it must be True or False\.'),
+        ({"verify": "last"}, r'"verify" is .last.; it must be True or False, or "first"'),
+        ({"strict_sites": -1}, r'"strict_sites" is -1; it must be a number of attentions'),
+        ({"strict_sites": True}, r'"strict_sites" is True; it must be a number of attentions'),
         ({"mode": "fast"}, r'"mode" is .fast.; it must be one of "default"'),
         ({"tune": "max"}, r'"tune" is .max.; it must be one of "off"'),
         ({"inner": 3}, r'"inner" is 3; it must be the name of a backend or a callable'),
@@ -142,9 +145,9 @@ def test_verify_compares_with_the_original(monkeypatch: pytest.MonkeyPatch) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error", AttnfxWarning)
         compiled(model(), X, verify=True)
-    from attnfx import inner
+    from attnfx import measure
 
-    monkeypatch.setattr(inner, "TOLERANCE", -1.0)
+    monkeypatch.setattr(measure, "TOLERANCE", -1.0)
     with pytest.warns(AttnfxWarning, match="differs from the original's by"):
         compiled(model(), X + 0.123, verify=True, strict=False)
 

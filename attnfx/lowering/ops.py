@@ -33,7 +33,7 @@ LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? gr
 def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str) -> Tensor:
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): the attention that ``plan`` (text of a KernelPlan) describes.
 
-    ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable once, in query, key, value and
+    ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable in query, key, value and
     the side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
     """
     return _attention(query, key, value, loads, sizes, plan, with_lse=False)[0]
@@ -179,19 +179,8 @@ def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
             )
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def _twice(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "attnfx's attention is differentiable once: its gradient has no gradient (create_graph=True, torch.func.hessian). "
-        'Run the model without backend="attnfx" for second derivatives.'
-    )
-
-
 def _register() -> None:
-    from attnfx.lowering import mapped
+    from attnfx.lowering import mapped, transforms
 
     LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
     LIBRARY.impl("attention_lse", attention_lse, "CompositeImplicitAutograd")
@@ -202,8 +191,10 @@ def _register() -> None:
     torch.library.register_fake("attnfx::flash", _flash_fake, lib=LIBRARY)
     torch.library.register_fake("attnfx::flash_backward", _backward_fake, lib=LIBRARY)
     torch.library.register_autograd("attnfx::flash", _flash_autograd, setup_context=_setup, lib=LIBRARY)
-    torch.library.register_autograd("attnfx::flash_backward", _twice, setup_context=_no_setup, lib=LIBRARY)
-    for name in ("attention", "attention_lse", "flash", "flash_backward"):
+    second, kept = transforms.second_derivative, transforms.keep_inputs
+    torch.library.register_autograd("attnfx::flash_backward", second, setup_context=kept, lib=LIBRARY)
+    torch.library.register_vmap("attnfx::attention", transforms.vmap_attention, lib=LIBRARY)
+    for name in ("attention_lse", "flash", "flash_backward"):
         torch.library.register_vmap(f"attnfx::{name}", mapped.looped(name), lib=LIBRARY)
 
 

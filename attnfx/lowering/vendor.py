@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnfx.expr import ONE, TRUE
-from attnfx.lowering import mapped
+from attnfx.lowering import transforms
 from attnfx.lowering.ops import LIBRARY
 from attnfx.site import AttentionSite
 
@@ -88,4 +88,4 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 LIBRARY.impl("vendor_attention", call, "CompositeImplicitAutograd")
-torch.library.register_vmap("attnfx::vendor_attention", mapped.looped("vendor_attention"), lib=LIBRARY)
+torch.library.register_vmap("attnfx::vendor_attention", transforms.vmap_vendor, lib=LIBRARY)

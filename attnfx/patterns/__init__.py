@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from torch import fx
 
@@ -21,21 +20,13 @@ from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.lookalikes import lookalikes
 from attnfx.patterns.matcher import Match, match
+from attnfx.patterns.near import NearMiss, closest, distinct
 
 _FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find, late_division.find)
 
 
-@dataclass(frozen=True)
-class NearMiss:
-    """Something that looked like attention and was refused."""
-
-    node: fx.Node
-    pattern: str
-    reason: str
-
-
 def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
-    """Every attention of ``mirror`` in graph order, and what was refused."""
+    """Every attention of ``mirror`` in graph order, and what was refused, once for each place."""
     found: list[Match] = []
     missed: list[NearMiss] = []
     for finder in _FINDERS:
@@ -46,11 +37,12 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
             try:
                 found.append(match(mirror, item))
             except (Refused, Stale) as refusal:
-                missed.append(NearMiss(item.normaliser, item.pattern, str(refusal)))
+                missed.append(NearMiss(item.normaliser, item.pattern, str(refusal), read=True))
     told = {m.candidate.normaliser for m in found} | {m.node for m in missed} | {n for m in found for n in m.candidate.consumed}
     missed += [NearMiss(node, "lookalike", reason) for node, reason in lookalikes(mirror, told)]
     # Probabilities that end in several contractions are not needed any more only if each of these is an attention.
     lost = {m.node for m in missed}
     found = [m for m in found if m.candidate.normaliser not in lost]
     found.sort(key=lambda m: mirror.position[m.candidate.output])
-    return found, missed
+    found = distinct(found)
+    return found, closest(mirror, found, missed)
