@@ -63,9 +63,14 @@ class Splicer:
         layout = match.layout
         heads = (*layout.heads, *layout.groups)
         query = self.arranged(match, match.query, (layout.batch, heads, (layout.i,), (layout.d,)))
+        key = self.arranged(match, match.key, (layout.batch, layout.heads, (layout.j,), (layout.d,)))
+        for more_query, more_key, d in match.further:
+            beside = self.arranged(match, more_query, (layout.batch, heads, (layout.i,), (d,)))
+            query = self.call(_ATEN.cat.default, [query, beside], -1)
+            beside = self.arranged(match, more_key, (layout.batch, layout.heads, (layout.j,), (d,)))
+            key = self.call(_ATEN.cat.default, [key, beside], -1)
         for factor in match.factors:
             query = self.call(operator.mul, query, self.held(factor, factor))
-        key = self.arranged(match, match.key, (layout.batch, layout.heads, (layout.j,), (layout.d,)))
         value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
         # Under autocast the model's contractions read narrower operands than the graph shows.
         query, key, value = (

@@ -65,7 +65,9 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     plan = KernelPlan.from_json(ctx.plan)
     if plan.site.dropout > 0.0 or ctx.with_lse:
         what = "one with dropout" if plan.site.dropout > 0.0 else "one whose log-sum-exp is used"
-        raise NotImplementedError(f"attnfx computes second derivatives of attention, but not of {what}; run the model without attnfx.")
+        raise NotImplementedError(
+            f"attnfx computes second derivatives of attention, but not of {what}; run the model without attnfx."
+        )
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         q, k, v, *rest = (_apart(t) for t in ctx.saved_tensors)

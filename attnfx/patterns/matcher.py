@@ -12,6 +12,7 @@ from torch import fx
 from attnfx import expr
 from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Int, Load
+from attnfx.patterns.added import place, summation, summed_with
 from attnfx.patterns.axes import Extents, Operand, divisors, found_after, history, through_scaling, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
@@ -22,11 +23,17 @@ from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 from attnfx.site import AttentionSite, SideTensor
 
 
+#: Queries, keys and head_dim symbol of each further product that is added to the scores.
+Further = tuple[tuple[Operand, Operand, sympy.Symbol], ...]
+
+
 @dataclass(frozen=True)
 class Match:
     """A site and the graph nodes it stands for: operands and result with their axes, side tensors in slot order.
 
     ``factors`` are numbers known only at run time that scale the scores; the query is multiplied by them beforehand.
+    ``further``: queries and keys of products that are added to the first one (multi-head latent attention keeps positions
+    apart like that): the head_dim of the site is the sum of theirs.
     """
 
     site: AttentionSite
@@ -39,6 +46,7 @@ class Match:
     output: Operand
     loads: tuple[Past, ...]
     factors: tuple[fx.Node, ...] = ()
+    further: Further = ()
 
 
 def match(mirror: Mirror, candidate: Candidate) -> Match:
@@ -174,7 +182,7 @@ class _Attempt:
                 (("q", self.query), ("k", self.key), ("v", self.value))}  # fmt: skip
         order = [s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes]
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
-        self.i = rows[-1] if rows else self._single_row()  # one query, with keys of its own for everything else
+        self.i = self._queries(rows) if rows else self._single_row()  # one query, with keys of its own for everything else
         columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
         if len(columns) != 1:
             raise Refused("the values do not have exactly one axis of their own")
@@ -183,6 +191,18 @@ class _Attempt:
         spread = [s for s in self.batch if s in used["k"] and s not in used["v"]]
         if not rows and spread:
             raise Refused("its keys differ for every query and its values do not: the scores are mixed by another product")
+
+    def _queries(self, rows: list[sympy.Symbol]) -> sympy.Symbol:
+        """The axis of queries among those that only queries have: masks and biases know it, and it is long; heads are neither."""
+        z = self.candidate.logits(self.lifter, self.weights)
+        apart = expr.rebuild(z, lambda n: expr.integer(0) if isinstance(n, Load) and isinstance(n.slot, Dot) else None)
+        known = expr.symbols(apart)
+
+        def rank(s: sympy.Symbol) -> tuple[bool, float, int]:
+            size = self.extents.sizes[s]
+            return s in known, float(size) if size.is_Integer else float("inf"), rows.index(s)
+
+        return max(rows, key=rank)
 
     def _single_row(self) -> sympy.Symbol:
         """No axis belongs to queries alone: each has keys of its own, and is an attention with one query."""
@@ -196,14 +216,42 @@ class _Attempt:
         alone = frozenset((self.i, self.j, self.d, self.dv))
         query, key, value = (self._root(side, alone, name) for side, name in
                              ((self.query, "queries"), (self.key, "keys"), (self.value, "values")))  # fmt: skip
-        layout = self._layout(key.symbols | value.symbols)
+        further = self._further(alone)
+        layout = self._layout(frozenset().union(key.symbols, value.symbols, *(k.symbols for _, k, _ in further)))
         output = understood(self.candidate.output, self.index, self.extents, alone)
         if output is None:
             raise Refused("the axes of the result cannot be told apart")
-        query, query_scale = self._unscaled(query)
-        key, key_scale = self._unscaled(key)
-        site, loads, factors = self._site(layout, query, key, value, query_scale * key_scale)
-        return Match(site, self.candidate, layout, self.extents, query, key, value, output, loads, factors)
+        scale = 1.0
+        if not further:
+            query, query_scale = self._unscaled(query)
+            key, key_scale = self._unscaled(key)
+            scale = query_scale * key_scale
+        site, loads, factors = self._site(layout, query, key, value, scale, further)
+        return Match(site, self.candidate, layout, self.extents, query, key, value, output, loads, factors, further)
+
+    def _further(self, alone: frozenset[sympy.Symbol]) -> Further:
+        """The operands of products that are added to the first one; () where the sum cannot be read as one product."""
+        z = self.candidate.logits(self.lifter, self.weights)
+        added = summed_with(z, Load(Dot(self.dot), self.dot_index, self.dot.meta["val"].dtype))
+        self.sum: Expr | None = None
+        found: list[tuple[Operand, Operand, sympy.Symbol]] = []
+        extents, dtype = self.extents, self.dot.meta["val"].dtype
+        for k, load in enumerate(added[1] if added is not None else ()):
+            node, at = place(load)
+            product, d = contraction(node), summation(k)
+            assert product is not None
+            extents = Extents({**extents.sizes, d: product.summed}, extents.known)
+            sides = [understood(*side, extents, alone | {d}) for side in product.sides(at, Int(d))]
+            whole = [s for s in sides if s is not None and not self.mirror.overwritten(s.node, self.candidate.output)]
+            if len(whole) != 2 or [self.j in s.symbols for s in whole].count(True) != 1 or load.dtype != dtype:
+                return ()
+            query, key = whole if self.j in whole[1].symbols else whole[::-1]
+            if self.i in key.symbols or any(s.node.meta["val"].dtype != dtype for s in whole):
+                return ()
+            found.append((query, key, d))
+        if found and added is not None:
+            self.extents, self.sum = extents, added[0]
+        return tuple(found)
 
     def _layout(self, shared: frozenset[sympy.Symbol]) -> Layout:
         """Trailing batch-like axes that neither keys nor values have are groups of query heads; the one before them is
@@ -265,14 +313,12 @@ class _Attempt:
         return same and bool(source.meta["val"].dtype == value) and value.itemsize == 2 and node.meta["val"].dtype == torch.float32
 
     def _site(
-        self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float
+        self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float, further: Further
     ) -> tuple[AttentionSite, tuple[Past, ...], tuple[fx.Node, ...]]:
         lifter = self.new_lifter((self.i, self.j))
         z = self.candidate.logits(lifter, self.weights)
-        z = expr.rebuild(
-            z,
-            lambda n: expr.Score() if isinstance(n, Load) and n.slot == Dot(self.dot) and n.indices == self.dot_index else None,
-        )
+        product = self.sum or Load(Dot(self.dot), self.dot_index, self.dot.meta["val"].dtype)
+        z = expr.rebuild(z, lambda n: expr.Score() if n == product else None)
         if scale != 1.0:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
@@ -297,14 +343,14 @@ class _Attempt:
         dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
         if len(set(dtypes)) != 1:
             raise Refused(f"queries, keys and values have dtypes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}")
-        product = self._product
+        total = self._product
         grad = self.mirror.requires_grad(self.candidate.output)
-        heads = product(layout.heads)
+        heads = total(layout.heads)
         ranges = self.extents.known
         site = AttentionSite(
-            batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
+            batch=total(layout.batch), heads=sympy.expand(heads * total(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
-            head_dim=self._number(layout.d, "head_dim"), value_dim=self._number(layout.dv, "value head_dim"),
+            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))), value_dim=self._number(layout.dv, "value head_dim"),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
             side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),
