@@ -223,12 +223,9 @@ class Splicer:
         An in-place write goes only together with everything that shares its memory, once nobody outside reads any of it.
         """
         alive = list(self.graph.nodes)
-        ancestors = _with_ancestors(alive, set(self.replaced))
-        idle = self._idle()
-        for node in alive:
-            if node in idle and not ancestors.isdisjoint(node.all_input_nodes):
-                ancestors.add(node)
-        ancestors = _with_ancestors(alive, ancestors)
+        ancestors, idle = _with_ancestors(alive, set(self.replaced)), self._idle()
+        while found := [n for n in alive if n in idle and n not in ancestors and not ancestors.isdisjoint(n.all_input_nodes)]:
+            ancestors = _with_ancestors(alive, ancestors.union(found))
         written = {at for at, _ in self.mirror.mutations}
         writers = {self.mirror.origin[m] for m, at in self.mirror.position.items() if at in written and m in self.mirror.origin}
         dead: set[fx.Node] = set()

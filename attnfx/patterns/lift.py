@@ -55,6 +55,17 @@ def operation(node: fx.Node) -> str:
     return "_operator.getitem" if target is operator.getitem else ""
 
 
+def _written_number(maker: fx.Node) -> Any:
+    """The number that a Dynamo node turns into a constant tensor."""
+    if maker.target is torch.tensor:
+        return maker.args[0]
+    if maker.target is not operator.setitem:
+        return None
+    places = maker.args[1] if isinstance(maker.args[1], tuple) else (maker.args[1],)
+    plain = all(p is None or p is Ellipsis or isinstance(p, slice | fx.Node) or type(p) is int for p in places)
+    return maker.args[2] if plain else None
+
+
 @dataclass(frozen=True)
 class Dot:
     """Slot of a load that is a contraction: ``node`` computes ``sum_t left[.., t] right[.., t]``, times nothing."""
@@ -126,16 +137,19 @@ class Lifter:
         if found is None:
             return leaf
         loadable = node not in self.course and not self.mirror.overwritten(node, self.at)
-        return leaf if loadable and self._worth_loading(found, index) else found
+        return leaf if loadable and self.worth_loading(found, index) else found
 
     def _literal(self, node: fx.Node) -> Expr | None:
-        """The number in a ``torch.tensor(number)`` of the user's code; other attributes may change and are data."""
+        """The number in a ``torch.tensor(number)`` or ``x[part] = number`` of the user's code; other attributes may change
+        and are data."""
         maker = self.mirror.origin.get(node)
-        if maker is None or maker.target is not torch.tensor or not isinstance(maker.args[0], bool | int | float):
+        number = None if maker is None else _written_number(maker)
+        if not isinstance(number, bool | int | float) or number != number or sizes(node):
             return None
-        return None if maker.args[0] != maker.args[0] else expr.constant(maker.args[0], node.meta["val"].dtype)
+        return expr.constant(number, node.meta["val"].dtype)
 
-    def _worth_loading(self, found: Expr, index: Index) -> bool:
+    def worth_loading(self, found: Expr, index: Index) -> bool:
+        """Whether an element is better loaded from the model's own tensor than computed by its formula ``found``."""
         # A tensor without both i and j is small and already computed by the model: loading it is exact and cheap.
         # Integer formulas without loads stay formulas, since facts are proved from them.
         if self.inner is None or any(isinstance(n, Load) and isinstance(n.slot, Dot) for n in expr.walk(found)):

@@ -120,8 +120,12 @@ def element_as_read(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node
         if held:
             return loaded
         raise
-    direct = held and hidden_by(mirror, Past(node, writer), lifter.at) is None
-    return loaded if direct and lifter._worth_loading(found, index) else found
+    if not held or any(isinstance(n, Load) and isinstance(n.slot, Dot) for n in expr.walk(found)):
+        return found
+    # A bias that learns is loaded: autograd then takes its gradient back through the edits.
+    learns = mirror.requires_grad(lifter.at) and Past(node, writer).requires_grad(mirror)
+    direct = hidden_by(mirror, Past(node, writer), lifter.at) is None
+    return loaded if learns or (direct and lifter.worth_loading(found, index)) else found
 
 
 def _lifted(lifter: Lifter, node: fx.Node, index: Index, writer: fx.Node) -> Expr:
