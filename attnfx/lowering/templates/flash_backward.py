@@ -355,7 +355,7 @@ def _visit_rows(
 ):
     """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions as
     in the forward kernel, of rows."""
-    b, h, _ = at
+    b, h, bh = at
     q_step, grad_step = steps
     offs_m = tl.arange(0, BLOCK_M)
     d_ok = (tl.arange(0, BLOCK_D) < D)[None, :]
