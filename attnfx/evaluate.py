@@ -154,6 +154,10 @@ def attention(
     sizes: Sequence[int],
 ) -> torch.Tensor:
     """The meaning of ``site`` in the dtype of ``q``, with S x S tensors: q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,Dv) -> (B,H,M,Dv)."""
+    if site.normaliser != "softmax":
+        from attnfx import linear_reference
+
+        return linear_reference.attention(site, q, k, v, loads, sizes)
     heads, groups = q.shape[1], q.shape[1] // max(k.shape[1], 1)
     k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
     grid = grid_of(q.shape[0], heads, range(q.shape[2]), range(k.shape[2]), q.device)

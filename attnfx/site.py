@@ -4,6 +4,11 @@
     z          = keep ? z : fill   (or z + fill)        the mask, as the model spells it
     O(b,h,i)   = dropout(softmax_j z) v_j
 
+Without a softmax over keys (``normaliser`` is not "softmax"; linear attention, arXiv 2006.16236, and its quadratic forms):
+
+    w(b,h,i,j) = keep ? score(f(q_i) . g(k_j)) : 0      f, g: ``query_map``, ``key_map``
+    O(b,h,i)   = sum_j w v_j / divisor(l),  l = sum_j w
+
 Letters: b batch, h query head, i query, j key, d head_dim; sizes B, H (Hk key heads), M queries, N keys, D, Dv.
 """
 
@@ -18,6 +23,7 @@ import torch
 from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.facts import Facts, prove
+from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.integers import Ranges
 
 
@@ -47,6 +53,11 @@ class AttentionSite:
     ``additive``: what the
     model puts (or adds) where keep is false; ``empty_rows``: what a query without keys gives: ``"nan"`` (plain softmax of -inf),
     ``"zero"`` (torch's scaled_dot_product_attention), or ``"fill"`` (a finite fill: the softmax over all keys).
+
+    ``normaliser``: ``"softmax"``, or without one ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in which
+    :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
+    ``divisor_detached``: the model lets no gradient through it. Maps, divisor and normaliser belong together: with
+    ``"softmax"`` the first two are the identity.
     """
 
     batch: sympy.Expr
@@ -69,6 +80,11 @@ class AttentionSite:
     ranges_low: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
     ranges_high: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
     origin: Origin = field(default_factory=Origin, compare=False)
+    normaliser: str = "softmax"
+    divisor: Expr = expr.Score()
+    divisor_detached: bool = False
+    query_map: FeatureMap = IDENTITY
+    key_map: FeatureMap = IDENTITY
 
     def replace(self, **changes: object) -> AttentionSite:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -98,7 +114,7 @@ class AttentionSite:
     @property
     def symbols(self) -> tuple[sympy.Symbol, ...]:
         """The size symbols that score and keep mention, sorted by name: the numbers a kernel needs at run time."""
-        used = expr.symbols(self.score) | expr.symbols(self.keep)
+        used = expr.symbols(self.score) | expr.symbols(self.keep) | expr.symbols(self.divisor)
         return tuple(sorted(used - set(expr.INDEX.values()), key=str))
 
     @property
