@@ -19,6 +19,7 @@ from attnfx.inner import compile_inner
 from attnfx.lowering.plan import KernelPlan
 from attnfx.options import Options
 from attnfx.origin import origin_of
+from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
@@ -70,6 +71,7 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repo
     if mirror.reason and matches:
         refused = [Missed(origin_of(mirror, m.candidate.output).module, mirror.reason, m.candidate.output.name) for m in matches]
         return gm, Report(sites=(), missed=tuple(refused), before=readable(gm), after=readable(gm))
+    linears, missed = patterns.recognise_linear(mirror, matches, missed)
     splicer = Splicer(work, mirror)
     sites: list[SiteReport] = []
     lost: list[Missed] = []
@@ -79,11 +81,13 @@ def _rewrite(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule, Repo
             sites.append(entry)
         else:
             lost.append(entry)
+    kept = [_kept(mirror, linear, options) for linear in linears]
     splicer.prune()
     work.graph.lint()
     work.recompile()
     lost += [_missed(mirror, m) for m in missed]
-    report = Report(tuple(sites), tuple(lost), readable(gm), readable(work), _policy_warnings(options, sites))
+    found = [*sites, *kept]
+    report = Report(tuple(found), tuple(lost), readable(gm), readable(work), _policy_warnings(options, found))
     for text in report.policy_warnings:
         warnings.warn(text, AttnfxWarning, stacklevel=2)
     return (work if sites else gm), report
@@ -116,6 +120,16 @@ def _serve(splicer: Splicer, mirror: Mirror, match: Match, options: Options) -> 
     return SiteReport(
         name=origin.node, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=decision.reason, exact=decision.exact, kernel=_source(decision), source=origin.source,
+    )  # fmt: skip
+
+
+def _kept(mirror: Mirror, linear: LinearMatch, options: Options) -> SiteReport:
+    """The entry of an attention that is described and left as it is."""
+    origin = origin_of(mirror, linear.output)
+    decision = decide(linear.site.replace(origin=origin), options.policy)
+    return SiteReport(
+        name=origin.node, module=origin.module, pattern=linear.pattern, site=decision.site, decision=decision.name,
+        variant=None, reason=decision.reason, exact=True, source=origin.source,
     )  # fmt: skip
 
 

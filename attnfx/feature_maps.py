@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnfx.expr import Expr, Score
+from attnfx.expr import Expr, Load, Score, rebuild
 
 KINDS = ("elementwise", "softmax_features", "softmax_tokens")
 
@@ -45,7 +45,10 @@ class FeatureMap:
         """``max(q, 0)``, ``softmax_d(k)``: the map in the letters of the site, ``letter`` standing for x."""
         from attnfx.notation import formula
 
-        inner = formula(self.formula, 0).replace("(q·k)", letter).replace("q·k", letter)
+        inner = formula(rebuild(self.formula, lambda n: Load(letter, (), n.dtype) if isinstance(n, Score) else None))
+        inner = inner.replace(f"{letter}[]", letter)
+        elu = f"0 < {letter} ? {letter} : exp(min({letter}, 0)) - 1"
+        inner = inner.replace(f"({elu})", f"elu({letter})").replace(elu, f"elu({letter})")
         return {"elementwise": inner, "softmax_features": f"softmax_d({inner})", "softmax_tokens": f"softmax_j({inner})"}[self.kind]
 
 

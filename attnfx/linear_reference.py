@@ -11,7 +11,7 @@ import torch
 from attnfx import expr
 from attnfx.evaluate import evaluate, grid_of
 from attnfx.feature_maps import FeatureMap
-from attnfx.notation import formula
+from attnfx.notation import formula, mask
 
 if TYPE_CHECKING:
     from attnfx.site import AttentionSite
@@ -44,19 +44,25 @@ def line(site: AttentionSite) -> str:
     if not (site.query_map.identity and site.key_map.identity):
         product = f"{_factor(site.query_map, 'q')}·{_factor(site.key_map, 'k')}"
     plain = isinstance(site.score, expr.Score)
-    weight = product if plain else formula(site.score).replace("q·k", product)
-    from attnfx.notation import mask
-
+    weight = product if plain else _with(site.score, product)
     kept = mask(site)
     text = f"w = {weight}" + ("" if kept == "full" else f" | {kept}")
     if site.normaliser == "none":
         return f"Σ_j w v, {text}"
     total = "Σ_j w" if site.normaliser == "sum" else "Σ_j |w|"
-    below = formula(site.divisor, 5).replace("(q·k)", "l").replace("q·k", "l")
+    below = _with(site.divisor, "l", 6)
     if isinstance(site.divisor, expr.Score):
         return f"Σ_j w v / {total}, {text}"
     held = " held constant" if site.divisor_detached else ""
     return f"Σ_j w v / {below}, l = {total}{held}, {text}"
+
+
+def _with(e: expr.Expr, name: str, outer: int = 0) -> str:
+    """The formula with ``name`` for the score."""
+    named = expr.rebuild(e, lambda n: expr.Load("score", (), n.dtype) if isinstance(n, expr.Score) else None)
+    text = formula(named, outer)
+    bare = any(text.count(x) for x in ("(score[])", "|score[]|", "(score[],")) and "·" in name and text.count("score[]") == 1
+    return text.replace("score[]", f"({name})" if "·" in name and not bare else name)
 
 
 def _factor(m: FeatureMap, letter: str) -> str:

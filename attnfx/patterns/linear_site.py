@@ -78,7 +78,7 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     divisor = _canonical(divided.divisor, layout, extents)
     formula = reading.scores is not None and not _scaled_score(weight)
     masked = _pairwise(weight) or _pairwise(keep)
-    mapped = f == g and not f.identity
+    mapped = not (f.identity or g.identity)
     _suspect(mirror, reading, strong=divided.normaliser != "none" or masked, telling=formula or mapped or not g.identity)
     score, keep, divisor, loads = _numbered(mirror, reading, weight, keep, divisor)
     site = _site(mirror, reading, layout, extents, score, keep, loads, (f, g), divided, divisor)
