@@ -51,6 +51,10 @@ def _axis(index: Index, symbol: sympy.Symbol) -> int | None:
 
 
 def same_operand(reading: Reading) -> bool:
-    """Whether keys and values are one tensor."""
-    (key, at_key), (value, at_value) = reading.key.steps[-1], reading.value.steps[-1]
-    return key is value and tuple(expr.substitute(x, {reading.e: reading.d}) for x in at_value) == at_key
+    """Whether two of queries, keys and values are one tensor."""
+    token, feature = sympy.Dummy("token"), sympy.Dummy("feature")
+    roles = {reading.i: token, reading.j: token, reading.d: feature, reading.e: feature}
+    seen = [
+        (f.node, tuple(expr.substitute(x, dict(roles)) for x in f.index)) for f in (reading.query, reading.key, reading.value)
+    ]
+    return len(set(seen)) < len(seen)

@@ -31,10 +31,11 @@ Number = Callable[[fx.Node], int]
 @dataclass(frozen=True)
 class LinearMatch:
     """An attention without a softmax over keys and the graph nodes it stands for. ``inside``: the sums it looks
-    into; ``through``: every node known to be part of it; ``evidence``: how much speaks for this reading."""
+    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: how much speaks for this reading."""
 
     site: AttentionSite
     output: fx.Node
+    result: Operand
     query: Operand
     key: Operand
     value: Operand
@@ -52,6 +53,9 @@ class LinearMatch:
 
 def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | fx.Node:
     """The site of a reading, or a node to be taken whole first. Raises Refused where it is no attention for certain."""
+    for factor in (reading.query, reading.key, reading.value):
+        if not factor.node.meta["val"].is_floating_point():
+            raise Refused(f"{factor.node.name} is not made of floating-point numbers")
     divided = normalised(mirror, number, reading)
     if isinstance(divided, fx.Node):
         return divided
@@ -71,6 +75,9 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     key, key_map = _operand(mirror, reading, key_map, reading.key.steps, extents, alone)
     value = _root(mirror, reading, reading.value.steps, extents, alone)
     (f, c_q), (g, c_k) = _unscaled(query_map.map), _unscaled(key_map.map)
+    result = understood(reading.output, reading.index, extents, alone)
+    if result is None:
+        raise Refused("the axes of the result cannot be told apart")
     layout = _layout(reading, key.symbols | value.symbols)
     weight = _weight(mirror, reading, extents, c_q * c_k)
     weight, keep = split_weights(_canonical(weight, layout, extents))
@@ -87,12 +94,15 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     nodes = {n for f_ in (reading.query, reading.key, reading.value) for n, _ in f_.steps[:-1]}
     through = frozenset(nodes | query_map.through | key_map.through | reading.opened | {reading.output})
     return LinearMatch(
-        site, reading.output, query, key, value, layout, extents, loads, reading.opened, through, evidence,
+        site, reading.output, result, query, key, value, layout, extents, loads, reading.opened | divided.sums, through, evidence,
     )  # fmt: skip
 
 
 def _suspect(mirror: Mirror, reading: Reading, *, strong: bool, telling: bool) -> None:
     """Raises Refused for a product of three matrices that nothing marks as queries, keys and values."""
+    common = reading.key.symbols & reading.value.symbols - {reading.j}
+    if not common <= reading.query.symbols:
+        raise Refused("its queries do not have the batch that keys and values share")
     if not activation(mirror, reading.query.node) and not strong:
         raise Refused("its queries are parameters")
     if strong:
@@ -103,7 +113,7 @@ def _suspect(mirror: Mirror, reading: Reading, *, strong: bool, telling: bool) -
     if not shared:
         raise Refused("its three matrices have no batch in common")
     if not telling and same_operand(reading):
-        raise Refused("its keys are its values: a covariance, or a chain of one matrix")
+        raise Refused("one tensor has two of the three roles: a covariance, or a chain of one matrix")
 
 
 def _pairwise(e: Expr) -> bool:

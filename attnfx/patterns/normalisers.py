@@ -21,11 +21,13 @@ from attnfx.patterns.readings import Reading, ScoreLifter, expanded
 
 @dataclass(frozen=True)
 class Divided:
-    """``normaliser``, ``divisor`` and ``divisor_detached`` of a site, the divisor in the reading's index symbols."""
+    """``normaliser``, ``divisor`` and ``divisor_detached`` of a site, the divisor in the reading's index symbols; ``sums``: the
+    nodes that are row sums."""
 
     normaliser: str = "none"
     divisor: Expr = Score()
     detached: bool = False
+    sums: frozenset[fx.Node] = frozenset()
 
 
 def normalised(mirror: Mirror, number: Callable[[fx.Node], int], reading: Reading) -> Divided | fx.Node:
@@ -44,6 +46,7 @@ def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Read
     if {reading.j, reading.d, reading.e} & used:
         return None
     kinds: set[str] = set()
+    sums: set[fx.Node] = set()
 
     def row_sum(node: fx.Node, index: Index) -> Expr | None:
         if not sums_of(node) or operation(node) == "aten.cumsum":
@@ -52,6 +55,7 @@ def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Read
         if found is None:
             return None
         kinds.add(found[0])
+        sums.add(node)
         mark = Load("row sum", (), torch.float32)
         from attnfx.patterns.linear_site import scale
 
@@ -67,7 +71,7 @@ def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Read
         return None
     if any(isinstance(n, Score) for n in expr.walk(e)):
         raise Refused("its divisor holds a score")
-    return Divided(kinds.pop(), expr.rebuild(e, lambda n: Score() if n == marks[0] else None), lifter.detached)
+    return Divided(kinds.pop(), expr.rebuild(e, lambda n: Score() if n == marks[0] else None), lifter.detached, frozenset(sums))
 
 
 def _ratio(

@@ -172,6 +172,8 @@ def _linear_roles(
             columns = [s for s in outs if s in value.symbols and s not in key.symbols and s not in query.symbols]
             if len(columns) != 1:
                 continue
+            if not rows and not _single_axis(common):
+                continue
             i, e = rows[-1] if rows else ROW, columns[0]
             rest = tuple(f for f in product.factors if f not in (query, key, value))
             odd = [f for f in rest if {d, e} & f.symbols or _belongs(f, value, (query, key))]
@@ -182,6 +184,13 @@ def _linear_roles(
             if batch is None or any(e in expr.symbols(kept) or d in expr.symbols(kept) for kept in product.keeps):
                 continue
             yield Reading(query=query, key=key, value=value, i=i, j=j, d=d, e=e, batch=batch, rest=rest, **common)  # type: ignore[arg-type]
+
+
+def _single_axis(common: dict[str, object]) -> bool:
+    """Whether the result has an axis of size one, which may be that of a single query."""
+    index = common["index"]
+    assert isinstance(index, tuple)
+    return any(expr.is_number(x, 0) for x in index)
 
 
 def _belongs(factor: Factor, value: Factor, others: tuple[Factor, ...]) -> bool:
@@ -236,6 +245,8 @@ def _formula_roles(
             continue
         query, key = sides if j in sides[1].symbols else sides[::-1]
         rows = [s for s in outs if s in query.symbols and s not in key.symbols and s not in value.symbols]
+        if not rows and not _single_axis(common):
+            continue
         i = rows[-1] if rows else ROW
         batch = _batch(outs, (query, key, value), i, columns[0])
         rest = tuple(f for f in product.factors if f not in (scores, value))
