@@ -22,6 +22,7 @@ from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering.plan import KernelPlan
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
+from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
@@ -91,6 +92,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
     if sink_masks(work, mirror):
         mirror = capture(work)
     matches, near = patterns.recognise(mirror)
+    linears, near = patterns.recognise_linear(mirror, matches, near)
     lost = [_missed(mirror, m) for m in near] + _shut(work)
     if (reason := mirror.reason or forward_mode()) and matches:
         lost += [_lost(mirror, m, reason) for m in matches]
@@ -107,6 +109,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
             pairs.append((entry.name, old, mirror.dynamo_of[match.candidate.output]))
         else:
             lost.append(entry)
+    kept = [_kept(mirror, linear, options) for linear in linears]
     probe = measuring.probe(work, pairs if options.verify else ())
     ours = set()
     for region in regions(work):
@@ -122,7 +125,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
     drop_unread(work, ours)
     work.graph.lint()
     work.recompile()
-    report = Report(tuple(sites), tuple(lost), readable(gm), readable(work))
+    report = Report((*sites, *kept), tuple(lost), readable(gm), readable(work))
     return _Rewritten(work if sites else gm, report, probe)
 
 
@@ -191,6 +194,16 @@ def _serve(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
         exact=decision.exact, kernel=_source(decision), source=origin.source,
+    )  # fmt: skip
+
+
+def _kept(mirror: Mirror, linear: LinearMatch, options: Options) -> SiteReport:
+    """The entry of an attention that is described and left as it is."""
+    origin = origin_of(mirror, linear.output)
+    decision = decide(linear.site.replace(origin=origin), options.policy)
+    return SiteReport(
+        name=origin.node, module=origin.module, pattern=linear.pattern, site=decision.site, decision=decision.name,
+        variant=None, reason=decision.reason, exact=True, source=origin.source,
     )  # fmt: skip
 
 

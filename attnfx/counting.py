@@ -71,10 +71,10 @@ class Tally:
 
     @property
     def found(self) -> int:
-        return sum(len(report.sites) for report in self.reports)
+        return sum(site.rewritten for report in self.reports for site in report.sites)
 
     def error(self) -> SiteCountError:
-        sites = [f"{s.module or TOP}: {s.site} ({s.source})" for report in self.reports for s in report.sites]
+        sites = [f"{s.module or TOP}: {s.site} ({s.source})" for report in self.reports for s in report.sites if s.rewritten]
         missed = [f"{m.module or TOP}: {m.reason} ({m.source or m.node})" for report in self.reports for m in report.missed]
         return SiteCountError(self.expected, sites, missed, _BROKEN if len(self.reports) > 1 else "")
 

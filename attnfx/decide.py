@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from attnfx.errors import Objection
+from attnfx.expr import Call, Expr, Score, walk
 from attnfx.lowering import vendor
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.policy import Policy, Rule
@@ -38,6 +39,8 @@ class Decision:
 def decide(site: AttentionSite, policy: Policy) -> Decision:
     """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it."""
     rule = policy.choose(site.origin.module)
+    if site.normaliser != "softmax":
+        return _linear(site, rule)
     if rule is None or rule.variant is None:
         return _exact(site)
     return _by_rule(site, rule, rule.variant)
@@ -66,6 +69,34 @@ def _exact(site: AttentionSite) -> Decision:
     if isinstance(plan, KernelPlan):
         return Decision(plan.family, plan, _why(site, objections), site)
     return Decision("kept", None, " ".join(plan), site)
+
+
+def _proportional(e: Expr) -> bool:
+    """Whether a formula is the score times something that does not hold it: then sums over keys come first."""
+    if isinstance(e, Score):
+        return True
+    if not isinstance(e, Call) or e.op not in ("mul", "div"):
+        return False
+    a, b = e.args
+    if e.op == "mul" and any(isinstance(n, Score) for n in walk(b)):
+        a, b = b, a
+    return _proportional(a) and not any(isinstance(n, Score) for n in walk(b))
+
+
+def _linear(site: AttentionSite, rule: Rule | None) -> Decision:
+    """An attention without a softmax over keys stays as the model computes it: no lowering of it exists."""
+    name = "linear attention" if _proportional(site.score) else "attention without a softmax over keys"
+    how = {
+        "none": "its weights are not normalised", "sum": "its weights are divided by their sum",
+        "abs_sum": "its weights are divided by the sum of their magnitudes",
+    }[site.normaliser]  # fmt: skip
+    reason = f"{name}, {how}: left as the model computes it"
+    if rule is not None and rule.variant is not None:
+        objection = f"The site is {name}, without a softmax over keys; {type(rule.variant).__name__} changes softmax attention."
+        if rule.modules not in _DEFAULTS:
+            raise Objection(site.origin.module, type(rule.variant).__name__, (objection,))
+        reason = f"{objection} {reason}"
+    return Decision("kept", None, reason, site)
 
 
 def _shape(site: AttentionSite) -> str:

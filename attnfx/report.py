@@ -43,6 +43,11 @@ class SiteReport:
     measured: "Measured | None" = None
 
     @property
+    def rewritten(self) -> bool:
+        """Whether something of ours runs it; an attention can also be described and kept as the model computes it."""
+        return self.decision != "kept"
+
+    @property
     def exactness(self) -> str:
         """ "exact", or what the variant gives up."""
         if self.exact:

@@ -18,6 +18,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from attnfx.errors import AttnfxError
 from attnfx.expr import INDEX, OPERATIONS, Call, Const, Expr, Int, Load, Score, children
+from attnfx.feature_maps import KINDS, FeatureMap
 from attnfx.site import AttentionSite, SideTensor
 
 Json = Any
@@ -226,12 +227,16 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
     data["side"] = [_side_to_data(t) for t in site.side]
     data |= {name: writer.add(getattr(site, name)) for name in _EXPRESSIONS}
     data["sink"] = None if site.sink is None else writer.add(site.sink)
+    if site.normaliser != "softmax":
+        maps = [[m.kind, writer.add(m.formula)] for m in (site.query_map, site.key_map)]
+        data["linear"] = [site.normaliser, writer.add(site.divisor), site.divisor_detached, *maps]
     return data
 
 
 def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, *_EXPRESSIONS, "dtype", "fill", "dropout", "side", "sink"}
-    fields(data, "site", known)
+    optional = {"linear"} & set(data) if isinstance(data, dict) else set()
+    fields(data, "site", known | optional)
     values: dict[str, Any] = {name: read_integer(data[name]) for name in _INTEGER_FIELDS}
     for name, types in _PLAIN.items():
         if type(data[name]) not in types:
@@ -245,7 +250,24 @@ def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     values |= {"dtype": read_dtype(data["dtype"]), "sink": None if data["sink"] is None else reader.get(data["sink"])}
     values |= {name: reader.get(data[name]) for name in _EXPRESSIONS}
     values |= {name: float(read_number(data[name])) for name in ("fill", "dropout")}
+    if "linear" in optional:
+        values |= _linear(data["linear"], reader)
     return AttentionSite(**values)
+
+
+def _linear(data: Json, reader: Reader) -> dict[str, Any]:
+    """The fields of a site without a softmax over keys."""
+    match data:
+        case [("sum" | "abs_sum" | "none") as normaliser, divisor, bool(detached), [q_kind, q], [k_kind, k]]:
+            for kind in (q_kind, k_kind):
+                if kind not in KINDS:
+                    raise FormatError(f"the kind of a feature map is {kind!r}; known: {', '.join(KINDS)}")
+            maps = FeatureMap(q_kind, reader.get(q)), FeatureMap(k_kind, reader.get(k))
+            return {
+                "normaliser": normaliser, "divisor": reader.get(divisor), "divisor_detached": detached,
+                "query_map": maps[0], "key_map": maps[1],
+            }  # fmt: skip
+    raise FormatError(f'linear is {data!r}; it is ["sum", "abs_sum" or "none", divisor, detached, query map, key map]')
 
 
 def _bound(pair: Json) -> tuple[sympy.Symbol, sympy.Expr]:

@@ -5,6 +5,11 @@
     p          = exp(z) / (exp(sink) + sum_j exp(z))    the softmax; without a sink its term is absent
     O(b,h,i)   = sum_j weight * dropout(p) * v_j
 
+Without a softmax over keys (``normaliser`` is not "softmax"; linear attention, arXiv 2006.16236, and its quadratic forms):
+
+    w(b,h,i,j) = keep ? score(f(q_i) . g(k_j)) : 0      f, g: ``query_map``, ``key_map``
+    O(b,h,i)   = sum_j w v_j / divisor(l),  l = sum_j w
+
 Letters: b batch, h query head, i query, j key, d head_dim; sizes B, H (Hk key heads), M queries, N keys, D, Dv.
 """
 
@@ -19,6 +24,7 @@ import torch
 from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.facts import Facts, prove
+from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.integers import Ranges
 
 
@@ -52,6 +58,10 @@ class AttentionSite:
     ``sink``: the logit, in b, h and i, of one key more that has no value (gpt-oss; arXiv:2309.17453): a row whose other keys
     are all -inf then gives 0. ``weight``: a finite factor of the probabilities after the softmax, in b, h, i and j, without
     :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator does not know it.
+    ``normaliser``: ``"softmax"``, or without one ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in which
+    :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
+    ``divisor_detached``: the model lets no gradient through it. Maps, divisor and normaliser belong together: with
+    ``"softmax"`` the first two are the identity.
     """
 
     batch: sympy.Expr
@@ -76,6 +86,11 @@ class AttentionSite:
     ranges_low: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
     ranges_high: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
     origin: Origin = field(default_factory=Origin, compare=False)
+    normaliser: str = "softmax"
+    divisor: Expr = expr.Score()
+    divisor_detached: bool = False
+    query_map: FeatureMap = IDENTITY
+    key_map: FeatureMap = IDENTITY
 
     def replace(self, **changes: object) -> AttentionSite:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -110,8 +125,8 @@ class AttentionSite:
 
     @property
     def expressions(self) -> tuple[Expr, ...]:
-        """Everything that may load or mention a size: score, keep, sink where there is one, weight."""
-        return (self.score, self.keep, *(() if self.sink is None else (self.sink,)), self.weight)
+        """Everything that may load or mention a size: score, keep, sink where there is one, weight, divisor."""
+        return (self.score, self.keep, *(() if self.sink is None else (self.sink,)), self.weight, self.divisor)
 
     @property
     def scale(self) -> float | None:
@@ -138,6 +153,10 @@ class AttentionSite:
 
         ``sizes`` are the values of :attr:`symbols`. No dropout. The oracle of the tests.
         """
+        if self.normaliser != "softmax":
+            from attnfx import linear_reference
+
+            return linear_reference.attention(self, q, k, v, loads, sizes)
         return self.reference_lse(q, k, v, *loads, sizes=sizes)[0]
 
     def reference_lse(

@@ -201,6 +201,8 @@ def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
 
 def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
     found = []
+    if site.normaliser != "softmax":
+        found.append(f'the normaliser is "{site.normaliser}"; a plan computes a softmax over keys.')
     if family == "flash":
         for name, size in (("head_dim", site.head_dim), ("value dim", site.value_dim)):
             if not 1 <= size <= WIDEST:

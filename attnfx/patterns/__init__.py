@@ -13,12 +13,14 @@ from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     lift_moves,
     lift_values,
     lift_writes,
+    linear,
     sdpa,
     softmax,
 )
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.lookalikes import lookalikes
+from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match, match
 from attnfx.patterns.near import NearMiss, closest, distinct
 
@@ -46,3 +48,12 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
     found.sort(key=lambda m: mirror.position[m.candidate.output])
     found = distinct(found)
     return found, closest(mirror, found, missed)
+
+
+def recognise_linear(mirror: Mirror, found: list[Match], missed: list[NearMiss]) -> tuple[list[LinearMatch], list[NearMiss]]:
+    """Every attention without a softmax over keys beside those ``found``, and ``missed`` without what is a part of one (the
+    softmax of a feature map)."""
+    taken = {n for m in found for n in (*m.candidate.consumed, m.candidate.normaliser)}
+    linears = linear.find(mirror, taken)
+    parts = {n for m in linears for n in m.through}
+    return linears, [m for m in missed if m.node not in parts]
