@@ -7,7 +7,7 @@ user's compile. Every mirror node knows the Dynamo node that made it; what canno
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +17,26 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from attnfx import batched
 from attnfx.integers import Ranges
 
 
 def opaque(*args: Any) -> Any:
     """Target of mirror nodes that stand for something that could not be traced."""
     raise RuntimeError("an opaque mirror node is read, never run")
+
+
+def called(*args: Any) -> Any:
+    """Target of mirror nodes that stand for a whole call of one of :data:`CALLS`; they hold its arguments, subgraphs left out."""
+    raise RuntimeError("a call in the mirror is read, never run")
+
+
+#: Higher-order operators that are one node in the mirror; :mod:`attnfx.subgraphs` reads the functions that they are given.
+CALLS = (torch.ops.higher_order.flex_attention,)
 
 
 @dataclass
@@ -37,7 +47,8 @@ class Mirror:
     result (tensor results only), ``mutations`` lists (mirror position, storage) of in-place writes, ``storage`` the storage of
     each node. ``blind`` tells, for each Dynamo node that could not be traced, why. ``results`` holds the mirror nodes of
     Dynamo nodes
-    that return several tensors.
+    that return several tensors. ``calls`` holds the arguments of each call of a higher-order operator, ``world`` the fake mode and
+    the symbols that all was traced with; ``seeds`` are nodes that autograd follows though no Dynamo node says so.
     """
 
     graph: fx.Graph
@@ -50,6 +61,9 @@ class Mirror:
     blind: dict[fx.Node, str] = field(default_factory=dict)
     results: dict[fx.Node, Any] = field(default_factory=dict)
     reason: str = ""
+    calls: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+    world: World | None = None
+    seeds: frozenset[fx.Node] = frozenset()
 
     def __post_init__(self) -> None:
         self.position = {node: k for k, node in enumerate(self.graph.nodes)}
@@ -78,11 +92,18 @@ class Mirror:
             dynamo = self.dynamo_of.get(node)
             example = _example(dynamo) if dynamo is not None else None
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
+            wanted = wanted or node in self.seeds
             apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
             if wanted and not (apart and not any(True for _ in _written(node))):
                 self._differentiable.add(node)
             if reached and (not wanted or apart):
                 self._severed.add(node)
+
+    def adopt(self, node: fx.Node, at: fx.Node) -> None:
+        """Take in a node made later, at the position of ``at``; autograd follows it where it follows what it reads."""
+        self.position[node] = self.position[at]
+        if _differentiable(node) and any(n in self._differentiable for n in node.all_input_nodes):
+            self._differentiable.add(node)
 
     def leaves_graph(self, node: fx.Node) -> bool:
         """Whether the user's graph returns the value of ``node``."""
@@ -115,22 +136,28 @@ def is_tensor(node: object) -> bool:
 
 def capture(gm: fx.GraphModule) -> Mirror:
     """Trace ``gm`` (with ``example_value`` metadata, as Dynamo makes it) to its mirror. Never raises for what a model may hold."""
-    world = _World(gm)
-    tracer = _Tracer(gm, world)
+    world = World(gm)
+    return traced(Tracer(gm, world), world.inputs)
+
+
+def traced(tracer: Tracer, inputs: Sequence[Any]) -> Mirror:
+    """What ``tracer`` sees when it runs its graph on fake ``inputs``."""
+    world = tracer.world
     with torch._guards.tracing(None), _undisturbed():
-        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
+        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
     origin = {nodes[name]: d for name, d in tracer.origin.items() if name in nodes}
     value = {d: nodes[name] for d, name in tracer.value.items() if name in nodes}
-    for placeholder, d in zip(graph.find_nodes(op="placeholder"), world.placeholders, strict=True):
+    for placeholder, d in zip(graph.find_nodes(op="placeholder"), tracer.placeholders, strict=True):
         origin[placeholder] = d
         value[d] = placeholder
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     shared = world.shared()
     storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [_storage(n.meta["val"])]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
-    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
+    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved(),
+                  tracer.calls, world)
 
 
 #: In-place by name only: no element changes.
@@ -168,7 +195,7 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-class _World:
+class World:
     """Fake inputs in a mode of our own, whose symbols mirror those of the user's ShapeEnv one to one."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -271,16 +298,19 @@ _ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul"
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
-class _Tracer(fx.Interpreter):
+class Tracer(fx.Interpreter):
     """Runs the Dynamo graph node by node under the proxy mode, noting who made what."""
 
-    def __init__(self, gm: fx.GraphModule, world: _World) -> None:
+    def __init__(self, gm: fx.GraphModule, world: World) -> None:
         super().__init__(gm)
         self.world = world
         self.origin: dict[str, fx.Node] = {}
         self.value: dict[fx.Node, str] = {}
         self.results: dict[fx.Node, Any] = {}
         self.blind: dict[fx.Node, str] = {}
+        self.calls: dict[fx.Node, tuple[Any, ...]] = {}
+        self.lost = False
+        self.placeholders = gm.graph.find_nodes(op="placeholder")
 
     def run_fake(self, *inputs: Any) -> Any:
         # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
@@ -295,7 +325,7 @@ class _Tracer(fx.Interpreter):
         graph = mode.tracer.graph
         last = next(iter(reversed(graph.nodes)), None)
         result = self.value_of(n)
-        if isinstance(result, torch.Tensor) and n.op != "get_attr" and _proxy_of(result, mode) is None:
+        if isinstance(result, torch.Tensor) and not batched.hidden(result) and n.op != "get_attr" and _proxy_of(result, mode) is None:
             self.blind[n] = "a tensor that tracing lost sight of"
             result = self.stand_in(n)
         made = []
@@ -305,6 +335,8 @@ class _Tracer(fx.Interpreter):
             made.append(node)
         for node in made:
             self.origin[node.name] = n
+        if batched.hidden(result):
+            return result
         if isinstance(result, torch.Tensor) and (proxy := _proxy_of(result, mode)) is not None:
             self.value[n] = proxy.name
         elif isinstance(result, tuple | list):
@@ -312,19 +344,37 @@ class _Tracer(fx.Interpreter):
         return result
 
     def value_of(self, n: fx.Node) -> Any:
+        self.lost = self.lost and batched.inside()
         why = self.not_traceable(n)
         if n.target in _AUTOCAST:
             return self.autocast(n)
         if why is None:
             try:
-                result = super().run_node(n)
-                why = _difference(result, _example(n))
+                with batched.seen_through(get_proxy_mode()):
+                    result = self.call_of(n) if n.target in CALLS else super().run_node(n)
+                why = self.difference(result, n)
                 if why is None:
                     return result
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.blind[n] = why
+        self.lost = self.lost or batched.inside()
         return self.stand_in(n)
+
+    def difference(self, result: Any, n: fx.Node) -> str | None:
+        return _difference(result, _example(n))
+
+    def call_of(self, n: fx.Node) -> Any:
+        """A call of a higher-order operator as one node with its tensors and numbers."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        given, _ = self.fetch_args_kwargs_from_env(n)
+        if any(isinstance(x, torch.Tensor) and _proxy_of(x, mode) is None for x in pytree.tree_leaves(given)):
+            raise LookupError("it is given a tensor that tracing lost sight of")
+        shown = pytree.tree_map(lambda x: None if isinstance(x, fx.GraphModule) else mode.tracer.unwrap_proxy(x), given)
+        result = self.stand_in(n, called, shown)
+        self.calls[n] = given
+        return result
 
     def autocast(self, n: fx.Node) -> Any:
         """Enter or leave an autocast region for real: tracing alone would only write it down."""
@@ -333,20 +383,23 @@ class _Tracer(fx.Interpreter):
             return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def not_traceable(self, n: fx.Node) -> str | None:
+        if self.lost and getattr(n.target, "__name__", "") not in batched.LEVELS:
+            return "under a vmap, something else could not be traced"  # a stand-in does not carry the hidden axes
         if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
             return "a number known only at run time"
-        if isinstance(n.target, torch._ops.HigherOrderOperator):
+        if isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in CALLS:
             return f"the higher-order operator {n.target}"
         return None
 
-    def stand_in(self, n: fx.Node) -> Any:
+    def stand_in(self, n: fx.Node, target: Callable[..., Any] = opaque, args: tuple[Any, ...] = ()) -> Any:
         """Fake results of the right shape, tracked as the outputs of one opaque node."""
         mode = get_proxy_mode()
         assert mode is not None
-        result = pytree.tree_map(self.world.convert, _example(n))
+        with disable_proxy_modes_tracing():
+            result = pytree.tree_map(self.world.convert, _example(n))
         if not any(isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)):
             return result
-        proxy = mode.tracer.create_proxy("call_function", opaque, (), {}, name=f"opaque_{n.name}")
+        proxy = mode.tracer.create_proxy("call_function", target, args, {}, name=f"{target.__name__}_{n.name}")
         track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
         return result
 

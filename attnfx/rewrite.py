@@ -48,6 +48,8 @@ class Splicer:
         except BaseException:
             for node in reversed(self.made):
                 self.graph.erase_node(node)
+            lost = set(self.made)
+            self.mirror.dynamo_of = {m: d for m, d in self.mirror.dynamo_of.items() if d not in lost}
             raise
         result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k != "example_value"}}
         old.replace_all_uses_with(result)
@@ -223,6 +225,10 @@ class Splicer:
         for node in reversed(alive):
             if node in dead:
                 self.graph.erase_node(node)
+        read = {node.target for node in self.graph.find_nodes(op="get_attr")}
+        for node in dead:
+            if node.op == "get_attr" and node.target not in read and isinstance(getattr(self.gm, node.target, None), fx.GraphModule):
+                delattr(self.gm, node.target)  # a function that only a removed call was given
 
     def _pure(self, node: fx.Node) -> bool:
         return node.op in ("call_function", "call_method", "get_attr") and node not in self.mirror.blind

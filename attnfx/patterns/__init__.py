@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from attnfx.capture import Mirror
-from attnfx.patterns import lift_gathers, lift_moves, lift_values, sdpa, softmax  # noqa: F401 - the rules register themselves
+from attnfx.patterns import flex, lift_gathers, lift_moves, lift_values, sdpa, softmax  # noqa: F401 - the rules register themselves
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.matcher import Match, match
 
-_FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find)
+_FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find, flex.find)
 
 
 @dataclass(frozen=True)

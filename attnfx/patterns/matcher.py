@@ -80,7 +80,8 @@ class _Attempt:
         weights = sizes(candidate.normaliser)
         self.j = sympy.Symbol("t", integer=True, nonnegative=True)
         self.d = sympy.Symbol("d", integer=True, nonnegative=True)
-        length = weights[candidate.axis] if candidate.pattern == "softmax" else sizes(candidate.normaliser.args[1])[-2]  # type: ignore[arg-type]
+        fused = candidate.pattern == "scaled_dot_product_attention"  # one node, of the result's sizes
+        length = sizes(candidate.normaliser.args[1])[-2] if fused else weights[candidate.axis]  # type: ignore[arg-type]
         self.extents = Extents({**extents.sizes, self.j: length}, extents.known)
         self.lifter = self.new_lifter(None)
         self.weights = candidate.weights(self.lifter, index, Int(self.j))
