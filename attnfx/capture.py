@@ -7,7 +7,7 @@ user's compile. Every mirror node knows the Dynamo node that made it; what canno
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +15,18 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.utils import _pytree as pytree
 
 from attnfx import batched
 from attnfx.integers import Ranges
+from attnfx.world import World, example_of, storage_of
 
 
 def opaque(*args: Any) -> Any:
@@ -90,7 +94,7 @@ class Mirror:
                 followed = bool(node.args[0])
             reached = any(n in self._differentiable for n in node.all_input_nodes)
             dynamo = self.dynamo_of.get(node)
-            example = _example(dynamo) if dynamo is not None else None
+            example = example_of(dynamo) if dynamo is not None else None
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
             wanted = wanted or node in self.seeds
             apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
@@ -154,10 +158,22 @@ def traced(tracer: Tracer, inputs: Sequence[Any]) -> Mirror:
         value[d] = placeholder
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     shared = world.shared()
-    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [_storage(n.meta["val"])]}
+    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [storage_of(n.meta["val"])]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
-    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved(),
-                  tracer.calls, world)
+    return Mirror(
+        graph,
+        origin,
+        value,
+        storage,
+        mutations,
+        world.ranges(),
+        world.to_user,
+        tracer.blind,
+        results,
+        world.unproved(),
+        tracer.calls,
+        world,
+    )
 
 
 #: In-place by name only: no element changes.
@@ -168,10 +184,6 @@ def _differentiable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     floating = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
     return floating and node.target is not torch.ops.aten.detach.default
-
-
-def _storage(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
@@ -193,102 +205,6 @@ def _undisturbed() -> Iterator[None]:
             stack.callback(torch.set_autocast_enabled, device, enabled)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         yield
-
-
-class World:
-    """Fake inputs in a mode of our own, whose symbols mirror those of the user's ShapeEnv one to one."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.env = ShapeEnv()
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
-        self.placeholders = gm.graph.find_nodes(op="placeholder")
-        self.user_env: ShapeEnv | None = None
-        self.ours: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.to_user: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.inputs = [self.convert(_example(p)) for p in self.placeholders]
-
-    def convert(self, value: Any) -> Any:
-        """A value of the user's fake world as its twin in ours."""
-        if isinstance(value, torch.SymInt):
-            return self.symint(value)
-        if isinstance(value, torch.SymFloat):
-            return self.symfloat(value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        shape = [self.convert(s) for s in value.shape]
-        stride = [self.convert(s) for s in value.stride()]
-        with self.mode, torch.no_grad():
-            twin = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-        return twin.requires_grad_(value.requires_grad) if value.requires_grad else twin
-
-    def symint(self, value: torch.SymInt) -> int | torch.SymInt:
-        self.user_env = value.node.shape_env
-        expression = value.node.expr
-        ours = expression.xreplace({s: self.symbol(s) for s in expression.free_symbols})
-        return self.env.create_symintnode(ours, hint=value.node.hint) if ours.free_symbols else int(ours)
-
-    def symfloat(self, value: torch.SymFloat) -> float | torch.SymFloat:
-        self.user_env = value.node.shape_env
-        expression = value.node.expr
-        if not expression.is_Symbol:
-            return value.node.hint if value.node.hint is not None else float("nan")
-        return self.env.create_symfloatnode(self.symbol(expression), hint=value.node.hint)
-
-    def symbol(self, s: sympy.Symbol) -> sympy.Symbol:
-        if s not in self.ours:
-            hint = _hints(self.user_env).get(s)
-            if hint is None:
-                raise ValueError(f"size {s} has no hint")
-            source = ConstantSource(f"__attnfx_{s}")
-            plain = float(hint) if hint.is_Float else int(hint)
-            twin = self.env.create_symbol(
-                plain, source, DimDynamic.DYNAMIC, positive=s.is_positive, do_not_specialize_zero_one=True
-            )
-            if self.user_env is not None and s in self.user_env.var_to_range and not isinstance(plain, float):
-                self.env.var_to_range[twin] = self.user_env.var_to_range[s]
-            self.ours[s], self.to_user[twin] = twin, s
-        return self.ours[s]
-
-    def shared(self) -> dict[int, int]:
-        """For inputs that are views of one memory: the storage of each twin, and the one that stands for all of them."""
-        first: dict[int, int] = {}
-        pairs = zip(self.placeholders, self.inputs, strict=True)
-        tensors = [(_example(p), twin) for p, twin in pairs if isinstance(twin, torch.Tensor)]
-        return {_storage(twin): first.setdefault(_storage(example), _storage(twin)) for example, twin in tensors}
-
-    def ranges(self) -> Ranges:
-        """What the user's ShapeEnv promises of each size."""
-        low, high = {}, {}
-        for s in self.to_user:
-            bound = self.env.var_to_range.get(s)
-            if bound is not None and bound.lower.is_Integer:
-                low[s] = bound.lower
-            if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
-                high[s] = bound.upper
-        return Ranges(low, high)
-
-    def unproved(self) -> str:
-        """Why the mirror holds for the traced sizes only; empty where it holds for all that the user's guards admit."""
-        known = set() if self.user_env is None else {g.expr for g in self.user_env.guards}
-        for guard in self.env.guards:
-            expression = guard.expr.xreplace(self.to_user)
-            if expression in known or expression == sympy.true:
-                continue
-            if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
-                continue
-            return f"reading the graph needs {expression}, which the compile does not guarantee"
-        return ""
-
-
-def _hints(env: ShapeEnv | None) -> Mapping[sympy.Symbol, sympy.Expr]:
-    if env is None:
-        return {}
-    hints = env.__dict__.get("backed_var_to_val")  # torch >= 2.12
-    return hints if hints is not None else env.__dict__["var_to_val"]  # type: ignore[no-any-return]
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 #: Dynamo nodes that only move Python numbers: a symbolic float may flow through them.
@@ -325,7 +241,12 @@ class Tracer(fx.Interpreter):
         graph = mode.tracer.graph
         last = next(iter(reversed(graph.nodes)), None)
         result = self.value_of(n)
-        if isinstance(result, torch.Tensor) and not batched.hidden(result) and n.op != "get_attr" and _proxy_of(result, mode) is None:
+        if (
+            isinstance(result, torch.Tensor)
+            and not batched.hidden(result)
+            and n.op != "get_attr"
+            and _proxy_of(result, mode) is None
+        ):
             self.blind[n] = "a tensor that tracing lost sight of"
             result = self.stand_in(n)
         made = []
@@ -362,7 +283,7 @@ class Tracer(fx.Interpreter):
         return self.stand_in(n)
 
     def difference(self, result: Any, n: fx.Node) -> str | None:
-        return _difference(result, _example(n))
+        return _difference(result, example_of(n))
 
     def call_of(self, n: fx.Node) -> Any:
         """A call of a higher-order operator as one node with its tensors and numbers."""
@@ -371,7 +292,8 @@ class Tracer(fx.Interpreter):
         given, _ = self.fetch_args_kwargs_from_env(n)
         if any(isinstance(x, torch.Tensor) and _proxy_of(x, mode) is None for x in pytree.tree_leaves(given)):
             raise LookupError("it is given a tensor that tracing lost sight of")
-        shown = pytree.tree_map(lambda x: None if isinstance(x, fx.GraphModule) else mode.tracer.unwrap_proxy(x), given)
+        unwrap: Callable[[Any], Any] = mode.tracer.unwrap_proxy  # type: ignore[union-attr]
+        shown = pytree.tree_map(lambda x: None if isinstance(x, fx.GraphModule) else unwrap(x), given)
         result = self.stand_in(n, called, shown)
         self.calls[n] = given
         return result
@@ -385,7 +307,7 @@ class Tracer(fx.Interpreter):
     def not_traceable(self, n: fx.Node) -> str | None:
         if self.lost and getattr(n.target, "__name__", "") not in batched.LEVELS:
             return "under a vmap, something else could not be traced"  # a stand-in does not carry the hidden axes
-        if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
+        if isinstance(example_of(n), torch.SymFloat) and n.target not in _ARITHMETIC:
             return "a number known only at run time"
         if isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in CALLS:
             return f"the higher-order operator {n.target}"
@@ -396,7 +318,7 @@ class Tracer(fx.Interpreter):
         mode = get_proxy_mode()
         assert mode is not None
         with disable_proxy_modes_tracing():
-            result = pytree.tree_map(self.world.convert, _example(n))
+            result = pytree.tree_map(self.world.convert, example_of(n))
         if not any(isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)):
             return result
         proxy = mode.tracer.create_proxy("call_function", target, args, {}, name=f"{target.__name__}_{n.name}")

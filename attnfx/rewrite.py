@@ -225,10 +225,10 @@ class Splicer:
         for node in reversed(alive):
             if node in dead:
                 self.graph.erase_node(node)
-        read = {node.target for node in self.graph.find_nodes(op="get_attr")}
-        for node in dead:
-            if node.op == "get_attr" and node.target not in read and isinstance(getattr(self.gm, node.target, None), fx.GraphModule):
-                delattr(self.gm, node.target)  # a function that only a removed call was given
+        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        for name in {str(node.target) for node in dead if node.op == "get_attr"} - read:
+            if isinstance(getattr(self.gm, name, None), fx.GraphModule):
+                delattr(self.gm, name)  # a function that only a removed call was given
 
     def _pure(self, node: fx.Node) -> bool:
         return node.op in ("call_function", "call_method", "get_attr") and node not in self.mirror.blind

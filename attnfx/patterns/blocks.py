@@ -13,6 +13,7 @@ from attnfx import expr
 from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
 from attnfx.integers import Ranges
+from attnfx.patterns.block_proof import blocked_mask, same
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, Lifter
 from attnfx.patterns.lift_moves import integer_of
@@ -25,11 +26,21 @@ _ATEN: Any = torch.ops.aten
 @dataclass(frozen=True)
 class BlockTable:
     """``dense[b, h, row, column]`` (bool, with one column more that is False) for blocks of ``rows`` queries and ``columns`` keys;
-    ``dense`` is None where every block is listed."""
+    ``dense`` is None where every block is listed, ``mask`` the dense mask that the table was made of, where the graph shows it."""
 
     dense: fx.Node | None
     rows: sympy.Expr
     columns: sympy.Expr
+    mask: fx.Node | None = None
+
+    def implied(self, lifter: Lifter, index: Index, keep: Expr) -> bool:
+        """Whether every block with a kept element is listed: ``keep`` at (b, h, i, j) is the mask that the table was made of."""
+        if self.dense is None or self.mask is None:
+            return self.dense is None
+        found = lifter.element(
+            self.mask, tuple(expr.integer(0) if n == 1 else x for n, x in zip(sizes(self.mask), index, strict=True))
+        )
+        return same(found, keep)
 
     def listed(self, lifter: Lifter, index: Index) -> Expr:
         """Whether the block of element ``index`` (b, h, i, j) is visited. Tables of one batch entry or head hold for all."""
@@ -61,12 +72,17 @@ def block_table(
     if sympy.expand(sizes(columns)[2] * rows_each - scores[2]).is_negative:
         raise Refused(f"its block mask has rows for {sizes(columns)[2] * rows_each} of its {scores[2]} queries")
     dense = None if _everything(mirror, at, pairs[0], scores, rows_each, columns_each) else _dense(mirror, at, pairs)
-    known[key] = BlockTable(dense, rows_each, columns_each)
+    known[key] = BlockTable(dense, rows_each, columns_each, blocked_mask(mirror, at, pairs, rows_each, columns_each))
     return known[key]
 
 
 def _everything(
-    mirror: Mirror, at: fx.Node, pair: tuple[fx.Node, fx.Node], scores: tuple[sympy.Expr, ...], rows: sympy.Expr, columns: sympy.Expr
+    mirror: Mirror,
+    at: fx.Node,
+    pair: tuple[fx.Node, fx.Node],
+    scores: tuple[sympy.Expr, ...],
+    rows: sympy.Expr,
+    columns: sympy.Expr,
 ) -> bool:
     """Whether the table is one block, listed by a constant, that no query and no key is outside of: an empty block mask."""
     count, listed = pair
@@ -95,4 +111,5 @@ def _dense(mirror: Mirror, at: fx.Node, pairs: list[tuple[fx.Node, fx.Node]]) ->
         dense = new(_ATEN.gt.Scalar, counted, 0)
         found = dense if found is None else new(_ATEN.logical_or.default, found, dense)
     assert found is not None
-    return new(_ATEN.constant_pad_nd.default, found, [0, 1], False)
+    none = new(_ATEN.zeros_like.default, new(_ATEN.slice.Tensor, found, 3, 0, 1))
+    return new(_ATEN.cat.default, [found, none], 3)

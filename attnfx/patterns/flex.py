@@ -9,11 +9,11 @@ what it computes; they are ignored. Queries without keys give zero.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import operator
 import sympy
 import torch
 from torch import fx
@@ -32,7 +32,9 @@ _ATEN: Any = torch.ops.aten
 
 def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
     """Every call of flex_attention whose result is used."""
-    calls = [n for n in mirror.graph.nodes if n.target is called and _dynamo(mirror, n).target is torch.ops.higher_order.flex_attention]
+    calls = [
+        n for n in mirror.graph.nodes if n.target is called and _dynamo(mirror, n).target is torch.ops.higher_order.flex_attention
+    ]
     tables: dict[tuple[object, ...], BlockTable] = {}
     for node in calls:
         try:
@@ -75,7 +77,7 @@ class _Function:
 
 
 class _Call:
-    """One call, with the nodes beside it that say what it computes: ``query @ key.mT`` in its dtype, keys and values per query head."""
+    """One call, with the nodes beside it that say what it computes: ``query @ key.mT`` with keys and values per query head."""
 
     def __init__(self, mirror: Mirror, node: fx.Node, output: fx.Node, tables: dict[tuple[object, ...], BlockTable]) -> None:
         self.mirror, self.node, self.output = mirror, node, output
@@ -97,7 +99,7 @@ class _Call:
 
     def _as(self, node: Any, dtype: torch.dtype) -> fx.Node:
         """An operand as autocast reads it."""
-        return node if node.meta["val"].dtype == dtype else self._new(_ATEN.to.dtype, node, dtype)  # type: ignore[no-any-return]
+        return node if node.meta["val"].dtype == dtype else self._new(_ATEN.to.dtype, node, dtype)
 
     def _shared(self, node: fx.Node, batch: sympy.Expr, heads: sympy.Expr) -> fx.Node:
         """Keys or values with the batch and the heads of the queries."""
@@ -105,7 +107,9 @@ class _Call:
         if sympy.expand(heads - of_heads) != 0:
             times = sympy.cancel(heads / of_heads)
             if not times.is_Integer:
-                raise Refused(f"how many of its {heads} query heads share each of its {of_heads} key heads is not known before run time")
+                raise Refused(
+                    f"how many of its {heads} query heads share each of its {of_heads} key heads is not known before run time"
+                )
             node = self._new(_ATEN.repeat_interleave.self_int, node, int(times), 1)
         if sympy.expand(batch - of_batch) != 0:
             if of_batch != 1 or not batch.is_Integer:
@@ -152,8 +156,14 @@ class _Call:
         z = expr.mul(expr.Load(Dot(self.dot), index, self.working), factor, self.working)
         z = self._lifted("score_mod", self.score_mod, lifter, z, *index)
         keep = expr.cast(self._lifted("mask_mod", self.mask_mod, lifter, *index), torch.bool)
-        keep = expr.logical_and(keep, self.table.listed(lifter, index))
+        if not self._table_implied(lifter, index):
+            keep = expr.logical_and(keep, self.table.listed(lifter, index))
         return expr.where(keep, z, expr.constant(-math.inf, self.working), self.working)
+
+    def _table_implied(self, lifter: Lifter, index: Index) -> bool:
+        """Whether the block table only repeats mask_mod. Both are read down to the data, whatever is worth loading."""
+        plain = Lifter(self.mirror, lifter.ranges, at=lifter.at)
+        return self.table.implied(plain, index, expr.cast(self._lifted("mask_mod", self.mask_mod, plain, *index), torch.bool))
 
     def _lifted(self, name: str, function: _Function, lifter: Lifter, *element: Expr) -> Expr:
         try:
