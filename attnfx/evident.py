@@ -13,7 +13,7 @@ Lowest = Callable[[sympy.Expr], sympy.Integer | None]
 
 def evident(claim: sympy.Basic, lowest: Lowest) -> bool:
     """Whether ``claim``, a comparison of integers, is proved: its slack is a polynomial without a negative coefficient in what
-    every size exceeds its lower bound by. Floor-divisions count as integers of their own, and ``Max(1, x)`` is ``x`` where ``x >= 1``."""
+    every size exceeds its lower bound by. Floor-divisions are integers of their own; ``Max(1, x)`` is ``x`` where it is >= 1."""
     if not isinstance(claim, sympy.StrictLessThan | sympy.LessThan | sympy.StrictGreaterThan | sympy.GreaterThan | sympy.Ne):
         return False
     below, above = claim.args if not isinstance(claim, sympy.StrictGreaterThan | sympy.GreaterThan) else claim.args[::-1]

@@ -67,8 +67,7 @@ class _Function:
     """A score_mod or mask_mod: its mirror, and what its parameters after the element's stand for."""
 
     inner: Subgraph
-    buffers: tuple[fx.Node, ...]
-    element: int
+    buffers: tuple[fx.Node | Expr, ...]
     make: Callable[[fx.Node], fx.Node]
 
     def at(self, lifter: Lifter, *element: Expr) -> Expr:
@@ -120,8 +119,9 @@ class _Call:
     def _function(self, name: str, module: Any, shown: Any, given: Any, scored: bool) -> _Function:
         if not isinstance(module, fx.GraphModule):
             raise Refused(f"its {name} is not a graph that can be read")
-        if not all(isinstance(x, fx.Node) for x in shown):
+        if not all(isinstance(x, fx.Node | int) for x in shown):
             raise Refused(f"its {name} captures something that is no tensor and no size of the graph")
+        buffers = tuple(x if isinstance(x, fx.Node) else expr.lift(x) for x in shown)
         device = self.node.args[0].meta["val"].device  # type: ignore[union-attr]
         world = self.mirror.world
         assert world is not None
@@ -134,8 +134,8 @@ class _Call:
             inner = subgraph(self.mirror, module, [*element, *given], follows)
         except LookupError as why:
             raise Refused(f"its {name} could not be read: {why}") from None
-        bound: Bound = dict(zip(inner.inputs, (*([expr.TRUE] * len(element)), *shown), strict=True))
-        return _Function(inner, tuple(shown), len(element), grafts(self.mirror, inner, bound, self.node))
+        bound: Bound = dict(zip(inner.inputs, (*([expr.TRUE] * len(element)), *buffers), strict=True))
+        return _Function(inner, buffers, grafts(self.mirror, inner, bound, self.node))
 
     def candidate(self) -> Candidate:
         return Candidate(
@@ -154,7 +154,7 @@ class _Call:
         scale = self.scale
         factor = lifter.scalar(scale) if isinstance(scale, fx.Node) else expr.constant(float(scale), torch.float64)  # type: ignore[arg-type]
         z = expr.mul(expr.Load(Dot(self.dot), index, self.working), factor, self.working)
-        z = self._lifted("score_mod", self.score_mod, lifter, z, *index)
+        z = expr.cast(self._lifted("score_mod", self.score_mod, lifter, z, *index), self.working)
         keep = expr.cast(self._lifted("mask_mod", self.mask_mod, lifter, *index), torch.bool)
         if not self._table_implied(lifter, index):
             keep = expr.logical_and(keep, self.table.listed(lifter, index))
