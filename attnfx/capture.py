@@ -7,27 +7,41 @@ user's compile. Every mirror node knows the Dynamo node that made it; what canno
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.utils import _pytree as pytree
 
-from attnfx import levels
+from attnfx import batched, levels
 from attnfx.integers import Ranges
 from attnfx.surroundings import undisturbed
+from attnfx.world import World, example_of, storage_of
 
 
 def opaque(*args: Any) -> Any:
     """Target of mirror nodes that stand for something that could not be traced."""
     raise RuntimeError("an opaque mirror node is read, never run")
+
+
+def called(*args: Any) -> Any:
+    """Target of mirror nodes that stand for a whole call of one of :data:`CALLS`; they hold its arguments, subgraphs left out."""
+    raise RuntimeError("a call in the mirror is read, never run")
+
+
+#: Higher-order operators that are one node in the mirror; :mod:`attnfx.callees` reads the functions that they are given.
+CALLS = (torch.ops.higher_order.flex_attention,)
 
 
 @dataclass
@@ -38,7 +52,8 @@ class Mirror:
     result (tensor results only), ``mutations`` lists (mirror position, storage) of in-place writes, ``storage`` the storage of
     each node. ``blind`` tells, for each Dynamo node that could not be traced, why. ``results`` holds the mirror nodes of
     Dynamo nodes
-    that return several tensors.
+    that return several tensors. ``calls`` holds the arguments of each call of a higher-order operator, ``world`` the fake mode and
+    the symbols that all was traced with; ``seeds`` are nodes that autograd follows though no Dynamo node says so.
     """
 
     graph: fx.Graph
@@ -51,6 +66,9 @@ class Mirror:
     blind: dict[fx.Node, str] = field(default_factory=dict)
     results: dict[fx.Node, Any] = field(default_factory=dict)
     reason: str = ""
+    calls: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+    world: World | None = None
+    seeds: frozenset[fx.Node] = frozenset()
 
     def __post_init__(self) -> None:
         self.position = {node: k for k, node in enumerate(self.graph.nodes)}
@@ -83,13 +101,20 @@ class Mirror:
                 followed = bool(node.args[0])
             reached = any(n in self._differentiable for n in node.all_input_nodes) and not _made_anew(node)
             dynamo = self.dynamo_of.get(node)
-            example = _example(dynamo) if dynamo is not None else None
+            example = example_of(dynamo) if dynamo is not None else None
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
+            wanted = wanted or node in self.seeds
             apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
             if wanted and not (apart and not any(True for _ in _written(node))):
                 self._differentiable.add(node)
             if reached and (not wanted or apart) and not _boolean(node):  # a condition has no gradient in any formula
                 self._severed.add(node)
+
+    def adopt(self, node: fx.Node, at: fx.Node) -> None:
+        """Take in a node made later, at the position of ``at``; autograd follows it where it follows what it reads."""
+        self.position[node] = self.position[at]
+        if _differentiable(node) and any(n in self._differentiable for n in node.all_input_nodes):
+            self._differentiable.add(node)
 
     def leaves_graph(self, node: fx.Node) -> bool:
         """Whether the user's graph returns the value of ``node``."""
@@ -142,22 +167,40 @@ def is_tensor(node: object) -> bool:
 
 def capture(gm: fx.GraphModule) -> Mirror:
     """Trace ``gm`` (with ``example_value`` metadata, as Dynamo makes it) to its mirror. Never raises for what a model may hold."""
-    world = _World(gm)
-    tracer = _Tracer(gm, world)
+    world = World(gm)
+    return traced(Tracer(gm, world), world.inputs)
+
+
+def traced(tracer: Tracer, inputs: Sequence[Any]) -> Mirror:
+    """What ``tracer`` sees when it runs its graph on fake ``inputs``."""
+    world = tracer.world
     with torch._guards.tracing(None), undisturbed():
-        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
+        traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
     origin = {nodes[name]: d for name, d in tracer.origin.items() if name in nodes}
     value = {d: nodes[name] for d, name in tracer.value.items() if name in nodes}
-    for placeholder, d in zip(graph.find_nodes(op="placeholder"), world.placeholders, strict=True):
+    for placeholder, d in zip(graph.find_nodes(op="placeholder"), tracer.placeholders, strict=True):
         origin[placeholder] = d
         value[d] = placeholder
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     shared = world.shared()
-    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [_storage(n.meta["val"])]}
+    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [storage_of(n.meta["val"])]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
-    return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
+    return Mirror(
+        graph,
+        origin,
+        value,
+        storage,
+        mutations,
+        world.ranges(),
+        world.to_user,
+        tracer.blind,
+        results,
+        world.unproved(),
+        tracer.calls,
+        world,
+    )
 
 
 #: In-place by name only: no element changes.
@@ -180,10 +223,6 @@ def _made_anew(node: fx.Node) -> bool:
     return name.endswith("_like") or name.startswith("new_")
 
 
-def _storage(t: torch.Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target in _HARMLESS:
         return
@@ -193,102 +232,6 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
             yield from (x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node))
 
 
-class _World:
-    """Fake inputs in a mode of our own, whose symbols mirror those of the user's ShapeEnv one to one."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.env = ShapeEnv()
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
-        self.placeholders = gm.graph.find_nodes(op="placeholder")
-        self.user_env: ShapeEnv | None = None
-        self.ours: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.to_user: dict[sympy.Symbol, sympy.Symbol] = {}
-        self.inputs = [self.convert(_example(p)) for p in self.placeholders]
-
-    def convert(self, value: Any) -> Any:
-        """A value of the user's fake world as its twin in ours."""
-        if isinstance(value, torch.SymInt):
-            return self.symint(value)
-        if isinstance(value, torch.SymFloat):
-            return self.symfloat(value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        shape = [self.convert(s) for s in value.shape]
-        stride = [self.convert(s) for s in value.stride()]
-        with self.mode, torch.no_grad():
-            twin = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-        return twin.requires_grad_(value.requires_grad) if value.requires_grad else twin
-
-    def symint(self, value: torch.SymInt) -> int | torch.SymInt:
-        self.user_env = value.node.shape_env
-        expression = value.node.expr
-        ours = expression.xreplace({s: self.symbol(s) for s in expression.free_symbols})
-        return self.env.create_symintnode(ours, hint=value.node.hint) if ours.free_symbols else int(ours)
-
-    def symfloat(self, value: torch.SymFloat) -> float | torch.SymFloat:
-        self.user_env = value.node.shape_env
-        expression = value.node.expr
-        if not expression.is_Symbol:
-            return value.node.hint if value.node.hint is not None else float("nan")
-        return self.env.create_symfloatnode(self.symbol(expression), hint=value.node.hint)
-
-    def symbol(self, s: sympy.Symbol) -> sympy.Symbol:
-        if s not in self.ours:
-            hint = _hints(self.user_env).get(s)
-            if hint is None:
-                raise ValueError(f"size {s} has no hint")
-            source = ConstantSource(f"__attnfx_{s}")
-            plain = float(hint) if hint.is_Float else int(hint)
-            twin = self.env.create_symbol(
-                plain, source, DimDynamic.DYNAMIC, positive=s.is_positive, do_not_specialize_zero_one=True
-            )
-            if self.user_env is not None and s in self.user_env.var_to_range and not isinstance(plain, float):
-                self.env.var_to_range[twin] = self.user_env.var_to_range[s]
-            self.ours[s], self.to_user[twin] = twin, s
-        return self.ours[s]
-
-    def shared(self) -> dict[int, int]:
-        """For inputs that are views of one memory: the storage of each twin, and the one that stands for all of them."""
-        first: dict[int, int] = {}
-        pairs = zip(self.placeholders, self.inputs, strict=True)
-        tensors = [(_example(p), twin) for p, twin in pairs if isinstance(twin, torch.Tensor)]
-        return {_storage(twin): first.setdefault(_storage(example), _storage(twin)) for example, twin in tensors}
-
-    def ranges(self) -> Ranges:
-        """What the user's ShapeEnv promises of each size."""
-        low, high = {}, {}
-        for s in self.to_user:
-            bound = self.env.var_to_range.get(s)
-            if bound is not None and bound.lower.is_Integer:
-                low[s] = bound.lower
-            if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
-                high[s] = bound.upper
-        return Ranges(low, high)
-
-    def unproved(self) -> str:
-        """Why the mirror holds for the traced sizes only; empty where it holds for all that the user's guards admit."""
-        known = set() if self.user_env is None else {g.expr for g in self.user_env.guards}
-        for guard in self.env.guards:
-            expression = guard.expr.xreplace(self.to_user)
-            if expression in known or expression == sympy.true:
-                continue
-            if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
-                continue
-            return f"reading the graph needs {expression}, which the compile does not guarantee"
-        return ""
-
-
-def _hints(env: ShapeEnv | None) -> Mapping[sympy.Symbol, sympy.Expr]:
-    if env is None:
-        return {}
-    hints = env.__dict__.get("backed_var_to_val")  # torch >= 2.12
-    return hints if hints is not None else env.__dict__["var_to_val"]  # type: ignore[no-any-return]
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 #: Dynamo nodes that only move Python numbers: a symbolic float may flow through them.
 _ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg", "pow"))
 
@@ -296,10 +239,10 @@ _ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul"
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
-class _Tracer(fx.Interpreter):
+class Tracer(fx.Interpreter):
     """Runs the Dynamo graph node by node under the proxy mode, noting who made what."""
 
-    def __init__(self, gm: fx.GraphModule, world: _World) -> None:
+    def __init__(self, gm: fx.GraphModule, world: World) -> None:
         super().__init__(gm)
         self.world = world
         self.origin: dict[str, fx.Node] = {}
@@ -307,6 +250,10 @@ class _Tracer(fx.Interpreter):
         self.results: dict[fx.Node, Any] = {}
         self.blind: dict[fx.Node, str] = {}
         self.closed = levels.closed(gm.graph)
+        self.apart = levels.mapped_products(gm.graph)
+        self.calls: dict[fx.Node, tuple[Any, ...]] = {}
+        self.lost = False
+        self.placeholders = gm.graph.find_nodes(op="placeholder")
 
     def run_fake(self, *inputs: Any) -> Any:
         # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
@@ -321,7 +268,12 @@ class _Tracer(fx.Interpreter):
         graph = mode.tracer.graph
         last = next(iter(reversed(graph.nodes)), None)
         result = self.value_of(n)
-        if isinstance(result, torch.Tensor) and n.op != "get_attr" and _proxy_of(result, mode) is None:
+        if (
+            isinstance(result, torch.Tensor)
+            and not self.batched(n, result)
+            and n.op != "get_attr"
+            and _proxy_of(result, mode) is None
+        ):
             self.blind[n] = "a tensor that tracing lost sight of"
             result = self.stand_in(n)
         made = []
@@ -331,26 +283,51 @@ class _Tracer(fx.Interpreter):
             made.append(node)
         for node in made:
             self.origin[node.name] = n
+        if self.batched(n, result):
+            return result
         if isinstance(result, torch.Tensor) and (proxy := _proxy_of(result, mode)) is not None:
             self.value[n] = proxy.name
         elif isinstance(result, tuple | list):
             self.results[n] = pytree.tree_map(lambda t: _name_of(t, mode), tuple(result))
         return result
 
+    def batched(self, n: fx.Node, result: Any) -> bool:
+        """Whether a result has axes that its node in the user's graph does not show."""
+        return n not in self.apart and batched.hidden(result)
+
     def value_of(self, n: fx.Node) -> Any:
+        self.lost = self.lost and batched.inside()
         why = self.not_traceable(n)
         if n.target in _AUTOCAST:
             return self.autocast(n)
         if why is None:
             try:
-                result = super().run_node(n)
-                why = _difference(result, _example(n))
+                with nullcontext() if n in self.apart else batched.seen_through(get_proxy_mode()):
+                    result = self.call_of(n) if n.target in CALLS else super().run_node(n)
+                why = self.difference(result, n)
                 if why is None:
                     return result
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.blind[n] = why
+        self.lost = self.lost or batched.inside()
         return self.stand_in(n)
+
+    def difference(self, result: Any, n: fx.Node) -> str | None:
+        return _difference(result, example_of(n))
+
+    def call_of(self, n: fx.Node) -> Any:
+        """A call of a higher-order operator as one node with its tensors and numbers."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        given, _ = self.fetch_args_kwargs_from_env(n)
+        if any(isinstance(x, torch.Tensor) and _proxy_of(x, mode) is None for x in pytree.tree_leaves(given)):
+            raise LookupError("it is given a tensor that tracing lost sight of")
+        unwrap: Callable[[Any], Any] = mode.tracer.unwrap_proxy  # type: ignore[union-attr]
+        shown = pytree.tree_map(lambda x: None if isinstance(x, fx.GraphModule) else unwrap(x), given)
+        result = self.stand_in(n, called, shown)
+        self.calls[n] = given
+        return result
 
     def autocast(self, n: fx.Node) -> Any:
         """Enter or leave an autocast region for real: tracing alone would only write it down."""
@@ -361,20 +338,25 @@ class _Tracer(fx.Interpreter):
     def not_traceable(self, n: fx.Node) -> str | None:
         if n in self.closed:
             return self.closed[n]
-        if isinstance(_example(n), torch.SymFloat) and n.target not in _ARITHMETIC:
+        if n in self.apart and getattr(n.target, "__name__", "") == "_remove_batch_dim":
+            return "the result of a vmap that attention is computed in"
+        if self.lost and getattr(n.target, "__name__", "") not in batched.LEVELS:
+            return "under a vmap, something else could not be traced"  # a stand-in does not carry the hidden axes
+        if isinstance(example_of(n), torch.SymFloat) and n.target not in _ARITHMETIC:
             return "a number known only at run time"
-        if isinstance(n.target, torch._ops.HigherOrderOperator):
+        if isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in CALLS:
             return f"the higher-order operator {n.target}"
         return None
 
-    def stand_in(self, n: fx.Node) -> Any:
+    def stand_in(self, n: fx.Node, target: Callable[..., Any] = opaque, args: tuple[Any, ...] = ()) -> Any:
         """Fake results of the right shape, tracked as the outputs of one opaque node."""
         mode = get_proxy_mode()
         assert mode is not None
-        result = pytree.tree_map(self.world.convert, _example(n))
+        with disable_proxy_modes_tracing():
+            result = pytree.tree_map(self.world.convert, example_of(n))
         if not any(isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat) for leaf in pytree.tree_leaves(result)):
             return result
-        proxy = mode.tracer.create_proxy("call_function", opaque, (), {}, name=f"opaque_{n.name}")
+        proxy = mode.tracer.create_proxy("call_function", target, args, {}, name=f"{target.__name__}_{n.name}")
         track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
         return result
 

@@ -45,6 +45,16 @@ def mapped(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(node for span, kinds in _spans(graph) if kinds == ["vmap"] * len(kinds) for node in span)
 
 
+_PRODUCTS = ("matmul", "bmm", "einsum", "scaled_dot_product_attention", "softmax", "baddbmm", "mm", "linear")
+
+
+def mapped_products(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes of every vmap in which something is multiplied: those are read for one example, the others through all."""
+    spans = [span for span, kinds in _spans(graph) if kinds == ["vmap"] * len(kinds)]
+    named = [span for span in spans if any(getattr(n.target, "__name__", n.target) in _PRODUCTS for n in span)]
+    return frozenset(node for span in named for node in span)
+
+
 @contextmanager
 def restored() -> Iterator[None]:
     """Leaves functorch's stack as deep as it was, however what is inside ends."""

@@ -52,6 +52,8 @@ class Splicer:
             self.copies = {k: copy for k, copy in self.copies.items() if copy not in self.made}
             for node in reversed(self.made):
                 self.graph.erase_node(node)
+            lost = set(self.made)
+            self.mirror.dynamo_of = {m: d for m, d in self.mirror.dynamo_of.items() if d not in lost}
             raise
         result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k not in ("example_value", "val")}}
         old.replace_all_uses_with(result)
@@ -243,6 +245,10 @@ class Splicer:
         for node in reversed(alive):
             if node in dead:
                 self.graph.erase_node(node)
+        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        for name in {str(node.target) for node in dead if node.op == "get_attr"} - read:
+            if isinstance(getattr(self.gm, name, None), fx.GraphModule):
+                delattr(self.gm, name)  # a function that only a removed call was given
 
     def _pure(self, node: fx.Node) -> bool:
         return node.op in ("call_function", "call_method", "get_attr") and node not in self.mirror.blind

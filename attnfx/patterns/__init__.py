@@ -8,6 +8,7 @@ from torch import fx
 
 from attnfx.capture import Mirror
 from attnfx.patterns import (  # noqa: F401 - the rules register themselves
+    flex,
     late_division,
     lift_gathers,
     lift_moves,
@@ -19,12 +20,17 @@ from attnfx.patterns import (  # noqa: F401 - the rules register themselves
 )
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Stale
-from attnfx.patterns.lookalikes import lookalikes
 from attnfx.patterns.linear_site import LinearMatch
+from attnfx.patterns.lookalikes import lookalikes
 from attnfx.patterns.matcher import Match, match
 from attnfx.patterns.near import NearMiss, closest, distinct
 
-_FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (sdpa.find, softmax.find, late_division.find)
+_FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (
+    sdpa.find,
+    softmax.find,
+    late_division.find,
+    flex.find,
+)
 
 
 def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:

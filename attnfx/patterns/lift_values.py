@@ -80,7 +80,7 @@ def _triangle(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 #: Sizes known only at run time are taken to be below this where an overflow of int32 is ruled out.
-_LARGEST_SIZE = 2**24
+LARGEST_SIZE = 2**24
 
 
 def wraps(lifter: Lifter, e: Expr, dtype: torch.dtype) -> bool:
@@ -100,7 +100,7 @@ def wraps(lifter: Lifter, e: Expr, dtype: torch.dtype) -> bool:
     info, known = torch.iinfo(dtype), lifter.ranges
     free = e.value.free_symbols | {s for bound in known.high.values() for s in bound.free_symbols}
     ones = dict.fromkeys(flags.values(), sympy.Integer(1))
-    ranges = Ranges(known.low, {**dict.fromkeys(free, sympy.Integer(_LARGEST_SIZE)), **known.high, **ones})
+    ranges = Ranges(known.low, {**dict.fromkeys(free, sympy.Integer(LARGEST_SIZE)), **known.high, **ones})
     return not (ranges.nonnegative(e.value - info.min) and ranges.nonnegative(info.max - e.value))
 
 

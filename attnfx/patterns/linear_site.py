@@ -14,13 +14,13 @@ from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Int, Load, Score
 from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.patterns.axes import Extents, Operand, understood
-from attnfx.patterns.candidate import Refused
+from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.evidence import activation, aligned_tokens, same_operand
 from attnfx.patterns.feature_maps import Mapped, Step, lift_map
 from attnfx.patterns.lift import Dot
-from attnfx.patterns.matcher import Layout, _canonical
 from attnfx.patterns.normalisers import Divided, normalised
 from attnfx.patterns.products import Factor
+from attnfx.patterns.program import canonical
 from attnfx.patterns.readings import ROW, Reading, ScoreLifter
 from attnfx.patterns.weights import split_weights
 from attnfx.site import AttentionSite, SideTensor
@@ -80,9 +80,9 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
         raise Refused("the axes of the result cannot be told apart")
     layout = _layout(reading, key.symbols | value.symbols)
     weight = _weight(mirror, reading, extents, c_q * c_k)
-    weight, keep = split_weights(_canonical(weight, layout, extents))
-    keep = expr.logical_and(keep, *(_canonical(k, layout, extents) for k in reading.product.keeps))
-    divisor = _canonical(divided.divisor, layout, extents)
+    weight, keep = split_weights(canonical(weight, layout, extents))
+    keep = expr.logical_and(keep, *(canonical(k, layout, extents) for k in reading.product.keeps))
+    divisor = canonical(divided.divisor, layout, extents)
     formula = reading.scores is not None and not _scaled_score(weight)
     masked = _pairwise(weight) or _pairwise(keep)
     mapped = not (f.identity or g.identity)

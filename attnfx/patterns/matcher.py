@@ -22,7 +22,6 @@ from attnfx.patterns.program import canonical, narrowed, numbered, program, with
 from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 from attnfx.site import AttentionSite, SideTensor
 
-
 #: Queries, keys and head_dim symbol of each further product that is added to the scores.
 Further = tuple[tuple[Operand, Operand, sympy.Symbol], ...]
 

@@ -64,7 +64,7 @@ def _vanishing(w: Call) -> tuple[Expr, Expr]:
         condition, a, b = inner.args
         if isinstance(a, Const):
             condition, a, b = expr.logical_not(condition), b, a
-        low = isinstance(b, Const) and (b.value <= -1e4 or math.isinf(b.value) and b.value < 0)
+        low = isinstance(b, Const) and (b.value <= -1e4 or (math.isinf(b.value) and b.value < 0))
         if low and not has_score(condition):
             return Call(w.op, (a, *w.args[1:]), w.dtype), condition
     return w, expr.TRUE
