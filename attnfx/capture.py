@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -117,7 +120,7 @@ def capture(gm: fx.GraphModule) -> Mirror:
     """Trace ``gm`` (with ``example_value`` metadata, as Dynamo makes it) to its mirror. Never raises for what a model may hold."""
     world = _World(gm)
     tracer = _Tracer(gm, world)
-    with torch._guards.tracing(None), _undisturbed():
+    with torch._guards.tracing(None), _undisturbed(), _formats_unasked():
         traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*world.inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}
@@ -131,6 +134,19 @@ def capture(gm: fx.GraphModule) -> Mirror:
     storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [_storage(n.meta["val"])]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
     return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
+
+
+@contextmanager
+def _formats_unasked() -> Iterator[None]:
+    """Tracing notes the memory format of every tensor, which nothing here reads: without guards on the strides of sliced inputs."""
+    noted = proxy_tensor._extract_tensor_metadata
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        with symbolic_config.patch(backed_size_oblivious=True):
+            return noted(*args, **kwargs)
+
+    with mock.patch.object(proxy_tensor, "_extract_tensor_metadata", note):
+        yield
 
 
 #: In-place by name only: no element changes.

@@ -43,12 +43,12 @@ class Tile:
 
 # for padded head dimensions up to 64, up to 128, up to 256; float16 and bfloat16, and float32
 _HALF: dict[str, tuple[Tile, Tile, Tile]] = {
-    "sm90": (Tile(128, 4, 3), Tile(64, 4, 3), Tile(32, 4, 3)),
+    "sm90": (Tile(64, 4, 3), Tile(64, 4, 3), Tile(32, 4, 3)),
     "sm80": (Tile(64, 4, 3), Tile(64, 4, 2), Tile(32, 4, 2)),
     "gfx942": (Tile(64, 4, 2), Tile(32, 4, 2), Tile(32, 4, 1)),
 }
 _FULL: dict[str, tuple[Tile, Tile, Tile]] = {
-    "sm90": (Tile(64, 4, 2), Tile(32, 4, 2), Tile(16, 4, 2)),
+    "sm90": (Tile(32, 8, 2), Tile(32, 8, 2), Tile(16, 4, 2)),
     "sm80": (Tile(32, 4, 2), Tile(32, 4, 2), Tile(16, 4, 2)),
     "gfx942": (Tile(32, 4, 2), Tile(16, 4, 2), Tile(16, 4, 1)),
 }

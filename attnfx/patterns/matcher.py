@@ -127,6 +127,8 @@ class _Attempt:
         dots = [(n.slot.node, n.indices) for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot)]
         dots = [(node, at) for node, at in dots if any(self.j in expr.symbols(x) for x in at)]
         plain = [(node, at) for node, at in dots if all(isinstance(x, Int) for x in at)]
+        if not plain and self.extents.sizes[self.j] == 1:
+            raise Refused("it has a single key, whose weight is always 1: there is nothing to compute")
         if not plain:
             raise Refused("no product of queries and keys was found in the logits")
         # Several contractions may meet in the logits (a bias computed from q): the scores are the last one computed.
@@ -179,8 +181,13 @@ class _Attempt:
 
     def _root(self, side: Sequence[tuple[fx.Node, Index]], alone: frozenset[sympy.Symbol], name: str) -> Operand:
         """The oldest form of an operand whose axes are all understood."""
+        extents = self.extents
+        if name == "values" and self.candidate.pattern != "softmax":
+            # torch's attention never compares the lengths of keys and values: two caches may have a symbol each
+            own = sizes(self.candidate.normaliser.args[2])[-2]  # type: ignore[arg-type]
+            extents = Extents({**extents.sizes, self.j: own}, extents.known)
         for node, at in reversed(side):
-            found = understood(node, at, self.extents, alone)
+            found = understood(node, at, extents, alone)
             if found is not None:
                 if self.mirror.overwritten(node, self.candidate.output):
                     raise Refused(f"the {name} ({node.name}) are changed in place before the attention is computed")

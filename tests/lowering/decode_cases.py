@@ -28,7 +28,12 @@ def rows_of(case: Case, residuals: flash.Residuals) -> Tensor:
 
 
 def split_forward(
-    case: Case, given: tuple[Tensor, Tensor, Tensor], side: tuple[Any, ...], noise: dict[str, Any], splits: int | None, tile: Tile | None
+    case: Case,
+    given: tuple[Tensor, Tensor, Tensor],
+    side: tuple[Any, ...],
+    noise: dict[str, Any],
+    splits: int | None,
+    tile: Tile | None,
 ) -> tuple[Tensor, flash.Residuals]:
     """`flash.forward` by the split-KV kernels whatever the sizes."""
     q, k, v = given
@@ -52,7 +57,9 @@ def run(case: Case, device: torch.device, splits: int | None, tile: Tile | None,
     noise = {"dropout_p": case.dropout, "seed": seed}
     out, residuals = split_forward(case, (q, k, v), (loads, ints), noise, splits, tile)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    want, want_lse = meaning(case, exact[0], exact[1], exact[2], tuple(t.double() if t.is_floating_point() else t for t in loads), dropped)
+    want, want_lse = meaning(
+        case, exact[0], exact[1], exact[2], tuple(t.double() if t.is_floating_point() else t for t in loads), dropped
+    )
     single = TOLERANCE[torch.float32][0]
     forward_limit, gradient_limit = (limit * case.slack for limit in TOLERANCE[case.dtype])
     errors = {"out": error(out, want) / forward_limit, "lse": error(residuals.lse, want_lse) / single}
@@ -101,7 +108,9 @@ def few_queries() -> Iterator[Case]:
         keep=lambda case, loads: loads[0][:, None, None],
     )
     yield replace(causal_case(230, name="few dropout", sizes=(1, 4, 2, 3, 240, 16, 16)), dropout=0.3)
-    yield replace(causal_case(-2, filled(CAUSAL, "finfo.min added"), "few dropout degenerate", sizes=(1, 4, 2, 3, 40, 16, 16)), dropout=0.3)
+    yield replace(
+        causal_case(-2, filled(CAUSAL, "finfo.min added"), "few dropout degenerate", sizes=(1, 4, 2, 3, 40, 16, 16)), dropout=0.3
+    )
 
 
 def _window(case: Case, loads: tuple[Tensor, ...]) -> Tensor:

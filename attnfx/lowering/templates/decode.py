@@ -128,9 +128,7 @@ def decode_partial(
 
 
 @triton.jit
-def _kept(
-    lo, hi, b, h, i, N, loads, ints, KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
-):
+def _kept(lo, hi, b, h, i, N, loads, ints, KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr):
     """The part of [lo, hi) between the first and the last tile in which a row keeps a key; empty where none does.
 
     A mask costs a byte a key, keys and values hundreds: in a cache of fixed length most of them are not to be read yet.
