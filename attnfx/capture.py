@@ -139,10 +139,10 @@ def capture(gm: fx.GraphModule) -> Mirror:
 @contextmanager
 def _formats_unasked() -> Iterator[None]:
     """Tracing notes the memory format of every tensor, which nothing here reads: without guards on the strides of sliced inputs."""
-    noted = proxy_tensor._extract_tensor_metadata
+    noted = proxy_tensor._extract_tensor_metadata  # type: ignore[attr-defined]
 
     def note(*args: Any, **kwargs: Any) -> Any:
-        with symbolic_config.patch(backed_size_oblivious=True):
+        with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             return noted(*args, **kwargs)
 
     with mock.patch.object(proxy_tensor, "_extract_tensor_metadata", note):

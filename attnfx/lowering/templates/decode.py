@@ -53,8 +53,9 @@ def decode_partial(
     """One tile of rows over one split of the keys that its rows may see; grid (B * HK * row tiles * splits,).
 
     The rows of a tile are the queries of all the heads that share a key head, head by head: keys and values are read once.
-    partial (splits, total, DV) fp32 is the sum of weights times values, not divided, and stats (2, splits, total) fp32 are the base-2
-    maximum and the sum of weights; total = B * H * M rows in the order (b, h, i). Where a maximum is -inf, partial is not written.
+    partial (splits, total, DV) fp32 is the sum of weights times values, not divided, and stats (2, splits, total) fp32 are
+    the base-2 maximum and the sum of weights; total = B * H * M rows in the order (b, h, i). Where a maximum is -inf,
+    partial is not written.
     """
     rows = group * M
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -101,7 +102,7 @@ def decode_partial(
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
     gap = full_hi - full_lo
-    if KEEP is not None:
+    if KEEP is not None:  # noqa: SIM102
         if gap == 0:
             lo, hi = _kept(lo, hi, b, h, i, N, loads, ints, KEEP, BLOCK_M, BLOCK_N, STAGES)
             full_lo = lo
