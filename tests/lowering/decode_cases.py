@@ -9,8 +9,8 @@ from typing import Any
 
 import programs
 import torch
-from flash_cases import MIN32, TOLERANCE, Case, dropout_mask, error, meaning, tensors
-from flash_catalogue import CAUSAL, NONE, WINDOW, cases, causal_case, filled, padding_load, with_offset
+from flash_cases import TOLERANCE, Case, dropout_mask, error, meaning, tensors
+from flash_catalogue import CAUSAL, NONE, WINDOW, cases, causal_case, filled, padding_load
 from torch import Tensor
 
 from attnfx.lowering import decode, flash
@@ -131,4 +131,4 @@ def catalogue() -> list[Case]:
     return [case for case in cases() if case.name.startswith(CHOSEN)]
 
 
-__all__ = ["MIN32", "catalogue", "few_queries", "run", "with_offset"]
+__all__ = ["catalogue", "few_queries", "run"]
