@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from attnfx import batched, levels
 from attnfx.integers import Ranges
-from attnfx.surroundings import undisturbed
+from attnfx.surroundings import formats_unasked, undisturbed
 from attnfx.world import World, example_of, storage_of
 
 
@@ -174,7 +174,7 @@ def capture(gm: fx.GraphModule) -> Mirror:
 def traced(tracer: Tracer, inputs: Sequence[Any]) -> Mirror:
     """What ``tracer`` sees when it runs its graph on fake ``inputs``."""
     world = tracer.world
-    with torch._guards.tracing(None), undisturbed():
+    with torch._guards.tracing(None), undisturbed(), formats_unasked():
         traced = make_fx(tracer.run_fake, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     graph = traced.graph
     nodes = {n.name: n for n in graph.nodes}

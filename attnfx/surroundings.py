@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental import proxy_tensor
 
 from attnfx import levels
 
@@ -35,3 +37,16 @@ def _unlogged(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def formats_unasked() -> Iterator[None]:
+    """Tracing notes the memory format of every tensor, which nothing here reads: without guards on the strides of sliced inputs."""
+    noted = proxy_tensor._extract_tensor_metadata  # type: ignore[attr-defined]
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        with symbolic_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return noted(*args, **kwargs)
+
+    with mock.patch.object(proxy_tensor, "_extract_tensor_metadata", note):
+        yield

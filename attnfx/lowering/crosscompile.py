@@ -114,6 +114,12 @@ def representative(target: str) -> Iterator[Job]:
         yield Job("bias, finfo.min added", bf16, head_dim, target, biases)
     yield Job("bias, finfo.min added, weight", bf16, 128, target)
     yield Job("causal", torch.float16, 80, target)
+    decoding = ("decode_partial", "decode_merge")
+    for dtype in (bf16, torch.float32):
+        for head_dim in (64, 128, 256):
+            yield Job("bias, finfo.min added", dtype, head_dim, target, decoding)
+    yield Job("dense", bf16, 128, target, decoding)
+    yield Job("causal", torch.float16, 80, target, decoding)
     for head_dim in (64, 128, 256):
         yield Job("causal", torch.float32, head_dim, target)
         yield Job("bias, finfo.min added", torch.float32, head_dim, target, biases)
@@ -151,6 +157,7 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     residuals = Residuals(stats, stats, stats, stats[..., 0].int())
     with launch.recording(job.target) as recording:
         forward(program, q, k, k, loads, ints)
+        forward(program, q[:, :, :1], k, k, loads, ints)
         backward(program, q, k, k, q, residuals, q, loads, ints)
         for kind in BIAS_KINDS if "tile" in job.kernels else ():
             bias_gradient(program, q, k, k, q, residuals, q, loads, ints, kind=kind, batch_broadcast=True,

@@ -169,6 +169,8 @@ class _Attempt:
         dots = [(n.slot.node, n.indices) for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot)]
         dots = [(node, at) for node, at in dots if any(self.j in expr.symbols(x) for x in at)]
         plain = [(node, at) for node, at in dots if all(isinstance(x, Int) for x in at)]
+        if not plain and self.extents.sizes[self.j] == 1:
+            raise NoProduct("it has a single key, whose weight is always 1: there is nothing to compute")
         if self.rank >= len(plain):
             raise NoProduct("no product of queries and keys was found in the logits")
         # Several products may meet in the logits (biases computed from q): the scores have an axis for the keys alone, and
@@ -264,8 +266,13 @@ class _Attempt:
 
     def _root(self, side: Sequence[tuple[fx.Node, Index]], alone: frozenset[sympy.Symbol], name: str) -> Operand:
         """The oldest form of an operand whose axes are all understood, if possible one that no later write hides."""
+        extents = self.extents
+        if name == "values" and self.candidate.pattern == "scaled_dot_product_attention":
+            # torch's attention never compares the lengths of keys and values: two caches may have a symbol each
+            own = sizes(self.candidate.normaliser.args[2])[-2]  # type: ignore[arg-type]
+            extents = Extents({**extents.sizes, self.j: own}, extents.known)
         after = found_after(self.mirror, side, self.candidate.output if name == "values" else self.dot)
-        forms = [(understood(node, at, self.extents, alone), Past(node, w)) for (node, at), w in zip(side, after, strict=True)]
+        forms = [(understood(node, at, extents, alone), Past(node, w)) for (node, at), w in zip(side, after, strict=True)]
         known = [(form, past) for form, past in reversed(forms) if form is not None]
         if not known:
             raise Refused(f"the axes of the {name} ({side[0][0].name}) cannot be told apart")

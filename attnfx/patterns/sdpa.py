@@ -50,7 +50,7 @@ def _candidate(node: fx.Node) -> Candidate:
         output=node,
         axis=len(sizes(node)) - 1,
         length=sizes(node.args[1])[-2],  # type: ignore[arg-type]
-        summed=sizes(value)[-2],
+        summed=sizes(node.args[1])[-2],  # type: ignore[arg-type]
         logits=lambda lifter, index: _logits(lifter, node, index),
         probabilities=probabilities,
         values=values,
