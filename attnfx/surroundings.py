@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 from torch.fx.experimental import _config as symbolic_config
