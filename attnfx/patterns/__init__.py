@@ -43,9 +43,7 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
     return found, missed
 
 
-def recognise_linear(
-    mirror: Mirror, found: list[Match], missed: list[NearMiss]
-) -> tuple[list[LinearMatch], list[NearMiss]]:
+def recognise_linear(mirror: Mirror, found: list[Match], missed: list[NearMiss]) -> tuple[list[LinearMatch], list[NearMiss]]:
     """Every attention without a softmax over keys beside those ``found``, and ``missed`` without what is a part of one (the
     softmax of a feature map)."""
     taken = {n for m in found for n in (*m.candidate.consumed, m.candidate.normaliser)}

@@ -18,7 +18,9 @@ def letters(node: fx.Node) -> tuple[tuple[str, ...], str] | None:
     if not arrow or len(inputs) != len(operands) or not all(map(is_tensor, operands)):
         return None
     free = [c for c in string.ascii_letters if c not in equation]
-    longest = max((len(sizes(x)) - len(i.replace("...", "")) for i, x in zip(inputs, operands, strict=True) if "..." in i), default=0)
+    longest = max(
+        (len(sizes(x)) - len(i.replace("...", "")) for i, x in zip(inputs, operands, strict=True) if "..." in i), default=0
+    )
     if longest < 0 or longest > len(free):
         return None
     spread = "".join(free[:longest])

@@ -54,7 +54,5 @@ def same_operand(reading: Reading) -> bool:
     """Whether two of queries, keys and values are one tensor."""
     token, feature = sympy.Dummy("token"), sympy.Dummy("feature")
     roles = {reading.i: token, reading.j: token, reading.d: feature, reading.e: feature}
-    seen = [
-        (f.node, tuple(expr.substitute(x, dict(roles)) for x in f.index)) for f in (reading.query, reading.key, reading.value)
-    ]
+    seen = [(f.node, tuple(expr.substitute(x, dict(roles)) for x in f.index)) for f in (reading.query, reading.key, reading.value)]
     return len(set(seen)) < len(seen)

@@ -74,7 +74,8 @@ ACTIVATIONS: dict[str, Callable[[Lifter, fx.Node, Index], Expr | None]] = {
     "aten.relu": relu, "aten.relu_": relu, "aten.elu": elu, "aten.elu_": elu, "aten.silu": silu, "aten.silu_": silu,
     "aten.softplus": softplus, "aten.leaky_relu": leaky_relu, "aten.square": square,
 }  # fmt: skip
-_ARITHMETIC = frozenset(
+#: Operations that compute each element from the elements of their operands.
+ARITHMETIC = frozenset(
     f"aten.{name}{suffix}"
     for name in ("add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin",
                  "cos", "sigmoid", "clamp", "clamp_min", "clamp_max", "minimum", "maximum")
@@ -174,7 +175,7 @@ def _opens(mirror: Mirror, lifter: Lifter, load: Load) -> bool:
     if not isinstance(slot, fx.Node) or lifter.severed(slot):
         return False
     name = operation(slot)
-    if name not in ACTIVATIONS and name not in _ARITHMETIC:
+    if name not in ACTIVATIONS and name not in ARITHMETIC:
         return False
     tensors = [a for a in slot.all_input_nodes if is_tensor(a)]
     if any(mirror.overwritten(a, lifter.at) or not _floating(a) for a in tensors):

@@ -20,7 +20,7 @@ from attnfx.patterns.feature_maps import Mapped, Step, lift_map
 from attnfx.patterns.lift import Dot
 from attnfx.patterns.matcher import Layout, _canonical
 from attnfx.patterns.normalisers import Divided, normalised
-from attnfx.patterns.products import Factor
+from attnfx.patterns.products import Factor, scale
 from attnfx.patterns.readings import ROW, Reading, ScoreLifter
 from attnfx.patterns.weights import split_weights
 from attnfx.site import AttentionSite, SideTensor
@@ -182,23 +182,6 @@ def _weight(mirror: Mirror, reading: Reading, extents: Extents, factor: sympy.Ex
 def _plain(lifter: ScoreLifter, factor: Factor) -> Expr:
     e = lifter.element(factor.node, factor.index)
     return expr.cast(e, torch.float32) if e.dtype == torch.bool else e
-
-
-def scale(e: Expr, factor: sympy.Expr) -> Expr:
-    """``factor * e``; what is a size symbol stays one."""
-    factor = sympy.cancel(factor)
-    if factor == 1:
-        return e
-    if factor.is_number:
-        value = float(factor)
-        return e if abs(value - 1) < 1e-12 else expr.call("mul", e, expr.Const(value, torch.float64), dtype=torch.float32)
-    above, below = sympy.fraction(sympy.together(factor))
-    e = e if above == 1 else expr.call("mul", e, _size(above), dtype=torch.float32)
-    return e if below == 1 else expr.call("div", e, _size(below), dtype=torch.float32)
-
-
-def _size(e: sympy.Expr) -> Expr:
-    return Int(e) if e.is_integer else expr.Const(float(e), torch.float64)
 
 
 def _numbered(mirror: Mirror, reading: Reading, *formulas: Expr) -> tuple[Expr, Expr, Expr, tuple[fx.Node, ...]]:

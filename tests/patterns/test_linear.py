@@ -15,10 +15,13 @@ from linear_spellings import LOOKALIKES, SPELLINGS, Linear, elu1, t
 from torch import Tensor, fx
 
 from attnfx.capture import Mirror, capture
+from attnfx.decide import decide
+from attnfx.errors import Objection
 from attnfx.lowering.plan import make_plan
 from attnfx.patterns import recognise, recognise_linear
 from attnfx.patterns.axes import Operand
 from attnfx.patterns.linear_site import LinearMatch
+from attnfx.policy import Policy, Rule
 from attnfx.serialize import FormatError, Reader, Writer, site_from_data, site_to_data
 from attnfx.site import Origin
 from attnfx.variants.sliding_window import SlidingWindow
@@ -169,10 +172,12 @@ def test_gradients_of_a_divisor_that_is_held_constant() -> None:
 def test_a_rule_that_names_a_linear_attention_raises_and_a_wish_leaves_it() -> None:
     args = [x.float() for x in SPELLINGS["plain"].arguments()]
     function = SPELLINGS["plain"].function
-    wish = {"*": SlidingWindow(window=3)}
-    got, report = compiled(function, *args, policy=wish)
+    got, report = compiled(function, *args, policy=[Rule("*", SlidingWindow(window=3))])
     torch.testing.assert_close(got, function(*args), rtol=0, atol=0)
     assert "SlidingWindow changes softmax attention" in report.sites[0].reason
+    site = report.sites[0].site.replace(origin=Origin(module="layers.0"))
+    with pytest.raises(Objection, match="SlidingWindow changes softmax attention"):
+        decide(site, Policy([Rule("layers.*", SlidingWindow(window=3))]))
 
 
 def test_operands_written_before_the_result_is_computed_are_not_described() -> None:
