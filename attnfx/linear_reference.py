@@ -67,4 +67,4 @@ def _with(e: expr.Expr, name: str, outer: int = 0) -> str:
 
 def _factor(m: FeatureMap, letter: str) -> str:
     text = m.notation(letter)
-    return text if text == letter or text.endswith(")") and text.find("(") > 0 and text.count("(") == 1 else f"({text})"
+    return text if text == letter or (text.endswith(")") and text.find("(") > 0 and text.count("(") == 1) else f"({text})"

@@ -108,7 +108,7 @@ def lift_map(mirror: Mirror, lifter: Lifter, steps: tuple[Step, ...], feature: s
         over = index[int(argument(node, 1, "dim")) % len(index)]
         known = {Int(feature): "softmax_features", Int(token): "softmax_tokens"}
         if over in known and not lifter.severed(node):
-            kind = known[over]  # type: ignore[index]
+            kind = known[over]
             through.add(node)
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -154,7 +154,7 @@ def _elementwise(mirror: Mirror, lifter: Lifter, steps: tuple[Step, ...]) -> tup
             if oldest != only:
                 e = expr.rebuild(e, lambda n, only=only, oldest=oldest: oldest if n == only else None)  # type: ignore[misc]
                 loads = [oldest]
-        following = max((n for n in loads if _opens(mirror, lifter, n)), key=lambda n: mirror.position[n.slot], default=None)  # type: ignore[index]
+        following = max((n for n in loads if _opens(mirror, lifter, n)), key=lambda n: mirror.position[n.slot], default=None)
         if following is None:
             return best
         slot = following.slot

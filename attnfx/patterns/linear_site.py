@@ -11,7 +11,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.capture import Mirror, sizes
-from attnfx.expr import Expr, Int, Load, Score
+from attnfx.expr import Expr, Load, Score
 from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.patterns.axes import Extents, Operand, understood
 from attnfx.patterns.candidate import Refused

@@ -285,6 +285,10 @@ class _Shallow(Lifter):
         return Load(node, index, node.meta["val"].dtype) if is_tensor(node) else self.literal(node)  # type: ignore[attr-defined]
 
 
+def _wide(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.dtype.itemsize >= 2
+
+
 def aligned(x: object, index: Index) -> Index:
     """The index of an operand of an element-wise operation whose result has ``index``."""
     assert isinstance(x, fx.Node)

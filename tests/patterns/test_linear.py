@@ -85,6 +85,11 @@ def test_a_spelling_is_described_and_the_description_computes_it(name: str) -> N
     inputs = _inputs(graph, spelling.function, args)
     got, want = meant(mirror, matches[0], inputs)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    site, writer = matches[0].site, Writer()
+    data = json.loads(json.dumps(site_to_data(site, writer)))
+    back = site_from_data(data, Reader(json.loads(json.dumps(writer.nodes)), len(site.side)))
+    assert (back, str(back)) == (site, str(site))
+    assert site.replace(origin=Origin("a", "b", "c")) == site
 
 
 def _inputs(graph: fx.GraphModule, function: Any, args: Sequence[Any]) -> list[Any]:
@@ -93,7 +98,7 @@ def _inputs(graph: fx.GraphModule, function: Any, args: Sequence[Any]) -> list[A
     return [named[p.name.lower()] for p in graph.graph.find_nodes(op="placeholder")]
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", ["torchscale RetNet", "LoFTR with masks", "EfficientViT", "ddpm", "causal efficient attention"])
 def test_nothing_changes_and_the_report_says_kept(name: str) -> None:
     spelling = SPELLINGS[name]
     args = spelling.arguments()
@@ -113,18 +118,6 @@ def test_look_alikes_are_refused(name: str) -> None:
     torch.manual_seed(0)
     *_, matches, _ = found(function, *(torch.randn(shape, dtype=torch.float64) for shape in shapes))
     assert not matches, [str(m.site) for m in matches]
-
-
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_sites_come_back_from_json_and_origins_do_not_count(name: str) -> None:
-    *_, matches, _ = found(SPELLINGS[name].function, *SPELLINGS[name].arguments())
-    site = matches[0].site
-    writer = Writer()
-    data = json.loads(json.dumps(site_to_data(site, writer)))
-    back = site_from_data(data, Reader(json.loads(json.dumps(writer.nodes)), len(site.side)))
-    assert back == site
-    assert str(back) == str(site)
-    assert site.replace(origin=Origin("a", "b", "c")) == site
 
 
 def test_the_linear_and_the_quadratic_form_are_one_site() -> None:
