@@ -31,7 +31,7 @@ Number = Callable[[fx.Node], int]
 @dataclass(frozen=True)
 class LinearMatch:
     """An attention without a softmax over keys and the graph nodes it stands for. ``inside``: the sums it looks
-    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: how much speaks for this reading."""
+    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: what speaks for this reading."""
 
     site: AttentionSite
     output: fx.Node
@@ -227,8 +227,9 @@ def _site(
     return AttentionSite(
         batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
         queries=extents.sizes[layout.i], keys=extents.sizes[layout.j], head_dim=width(layout.d, "head_dim"),
-        value_dim=width(layout.dv, "value head_dim"), dtype=tensor.dtype, device=tensor.device.type, score=score, keep=keep, fill=0.0,
-        side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and mirror.requires_grad(n)) for n in loads), requires_grad=grad,
-        ranges_low=tuple(sorted(known.low.items(), key=str)), ranges_high=tuple(sorted(known.high.items(), key=str)),
+        value_dim=width(layout.dv, "value head_dim"), dtype=tensor.dtype, device=tensor.device.type, score=score, keep=keep,
+        fill=0.0, side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and mirror.requires_grad(n)) for n in loads),
+        requires_grad=grad, ranges_low=tuple(sorted(known.low.items(), key=str)),
+        ranges_high=tuple(sorted(known.high.items(), key=str)),
         normaliser=divided.normaliser, divisor=divisor, divisor_detached=divided.detached, query_map=maps[0], key_map=maps[1],
     )  # fmt: skip

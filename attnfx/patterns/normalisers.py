@@ -13,6 +13,7 @@ from torch import fx
 from attnfx import expr
 from attnfx.capture import Mirror, is_tensor
 from attnfx.expr import Expr, Load, Score
+from attnfx.feature_maps import RAW
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, operation
 from attnfx.patterns.products import Divisor, Factor, Product, scale, sums_of
@@ -25,7 +26,7 @@ class Divided:
     nodes that are row sums."""
 
     normaliser: str = "none"
-    divisor: Expr = Score()
+    divisor: Expr = RAW
     detached: bool = False
     sums: frozenset[fx.Node] = frozenset()
 

@@ -63,7 +63,7 @@ class Divisor:
 class Product:
     """``coefficient * sum over sums of (all keeps hold) * product of factors / product of divisors``."""
 
-    coefficient: sympy.Expr = sympy.Integer(1)
+    coefficient: sympy.Expr = sympy.S.One
     factors: tuple[Factor, ...] = ()
     divisors: tuple[Divisor, ...] = ()
     sums: tuple[sympy.Symbol, ...] = ()
@@ -132,7 +132,7 @@ class Expander:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before, after = source.meta["val"], node.meta["val"]
-        return (
+        return bool(()
             before.is_floating_point() and after.is_floating_point() and after.dtype.itemsize >= 2 and before.device == after.device
         )
 
@@ -286,7 +286,7 @@ class _Shallow(Lifter):
 
 
 def _wide(value: torch.Tensor) -> bool:
-    return value.is_floating_point() and value.dtype.itemsize >= 2
+    return bool(value.is_floating_point() and value.dtype.itemsize >= 2)
 
 
 def aligned(x: object, index: Index) -> Index:

@@ -238,7 +238,7 @@ def _formula_roles(
         lifter = ScoreLifter(mirror, extents.ranges, at=output)
         z = lifter.element(scores.node, scores.index)
         dots = [n for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot) and j in _symbols(n.indices)]
-        plain = {(n.slot.node, n.indices) for n in dots if all(isinstance(x, Int) for x in n.indices)}  # type: ignore[union-attr, attr-defined]
+        plain = {(n.slot.node, n.indices) for n in dots if all(isinstance(x, Int) for x in n.indices)}  # type: ignore[attr-defined]
         if len(plain) != 1 or len(columns) != 1:
             continue
         dot, at = plain.pop()
