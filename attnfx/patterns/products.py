@@ -132,9 +132,7 @@ class Expander:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before, after = source.meta["val"], node.meta["val"]
-        return bool(()
-            before.is_floating_point() and after.is_floating_point() and after.dtype.itemsize >= 2 and before.device == after.device
-        )
+        return bool(_wide(before) and _wide(after) and before.device == after.device)
 
     # Elementwise ----------------------------------------------------------------------------------------------------------
 
