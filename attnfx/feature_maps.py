@@ -8,6 +8,8 @@ import torch
 
 from attnfx.expr import Expr, Load, Score, rebuild
 
+#: The raw operand element, or the raw score.
+RAW = Score()
 KINDS = ("elementwise", "softmax_features", "softmax_tokens")
 
 
@@ -22,7 +24,7 @@ class FeatureMap:
     """
 
     kind: str = "elementwise"
-    formula: Expr = Score()
+    formula: Expr = RAW
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -87,7 +87,7 @@ class AttentionSite:
     ranges_high: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
     origin: Origin = field(default_factory=Origin, compare=False)
     normaliser: str = "softmax"
-    divisor: Expr = expr.Score()
+    divisor: Expr = IDENTITY.formula
     divisor_detached: bool = False
     query_map: FeatureMap = IDENTITY
     key_map: FeatureMap = IDENTITY

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "attnfx"
-SITE = {"site", "expr", "nodes", "errors", "integers", "facts", "evaluate", "notation", "serialize", "feature_maps", "linear_reference"}
+SITE = {
+    "site", "expr", "nodes", "errors", "integers", "facts", "evaluate", "notation", "serialize", "feature_maps", "linear_reference",
+}  # fmt: skip
 """What an attention is: expressions, proofs about them, and errors. Imports nothing of ours but itself."""
 ENDS = ("patterns", "lowering")
 SEES_BOTH = {"backend", "api", "report", "demo", "demo_worker", "cli", "doctor", "testing"}

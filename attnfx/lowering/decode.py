@@ -109,7 +109,9 @@ def launch(
     stats = q.new_empty((2, splits, total), dtype=torch.float32)
     loads, ints, *numbers = call.scalars
     arguments: Sequence[Any] = (loads, ints, *numbers, splits, total)
-    switches = call.switches | {
+    if call.switches["WEIGHT"] is not None:
+        raise ValueError("the split-KV kernels take no factor of the probabilities; flash_forward does")
+    switches = {name: value for name, value in call.switches.items() if name != "WEIGHT"} | {
         "BLOCK_N": chosen.block_n, "STAGES": chosen.num_stages, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
     }  # fmt: skip
     r = residuals

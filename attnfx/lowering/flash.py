@@ -99,7 +99,7 @@ def forward(
         residuals.row_sum.fill_(-1.0)
         residuals.degenerate.fill_(1)
         return out, residuals
-    if config is None and decode.serves(launch.m, launch.n):
+    if config is None and program.weight is None and decode.serves(launch.m, launch.n):
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals

@@ -74,7 +74,8 @@ ACTIVATIONS: dict[str, Callable[[Lifter, fx.Node, Index], Expr | None]] = {
     "aten.relu": relu, "aten.relu_": relu, "aten.elu": elu, "aten.elu_": elu, "aten.silu": silu, "aten.silu_": silu,
     "aten.softplus": softplus, "aten.leaky_relu": leaky_relu, "aten.square": square,
 }  # fmt: skip
-_ARITHMETIC = frozenset(
+#: Operations that compute each element from the elements of their operands.
+ARITHMETIC = frozenset(
     f"aten.{name}{suffix}"
     for name in ("add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin",
                  "cos", "sigmoid", "clamp", "clamp_min", "clamp_max", "minimum", "maximum")
@@ -107,7 +108,7 @@ def lift_map(mirror: Mirror, lifter: Lifter, steps: tuple[Step, ...], feature: s
         over = index[int(argument(node, 1, "dim")) % len(index)]
         known = {Int(feature): "softmax_features", Int(token): "softmax_tokens"}
         if over in known and not lifter.severed(node):
-            kind = known[over]  # type: ignore[index]
+            kind = known[over]
             through.add(node)
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -153,7 +154,7 @@ def _elementwise(mirror: Mirror, lifter: Lifter, steps: tuple[Step, ...]) -> tup
             if oldest != only:
                 e = expr.rebuild(e, lambda n, only=only, oldest=oldest: oldest if n == only else None)  # type: ignore[misc]
                 loads = [oldest]
-        following = max((n for n in loads if _opens(mirror, lifter, n)), key=lambda n: mirror.position[n.slot], default=None)  # type: ignore[index]
+        following = max((n for n in loads if _opens(mirror, lifter, n)), key=lambda n: mirror.position[n.slot], default=None)
         if following is None:
             return best
         slot = following.slot
@@ -174,7 +175,7 @@ def _opens(mirror: Mirror, lifter: Lifter, load: Load) -> bool:
     if not isinstance(slot, fx.Node) or lifter.severed(slot):
         return False
     name = operation(slot)
-    if name not in ACTIVATIONS and name not in _ARITHMETIC:
+    if name not in ACTIVATIONS and name not in ARITHMETIC:
         return False
     tensors = [a for a in slot.all_input_nodes if is_tensor(a)]
     if any(mirror.overwritten(a, lifter.at) or not _floating(a) for a in tensors):

@@ -14,12 +14,16 @@ from torch import fx
 
 from attnfx.capture import Mirror, is_tensor
 from attnfx.patterns.candidate import Refused
+from attnfx.patterns.feature_maps import ACTIVATIONS, ARITHMETIC
 from attnfx.patterns.lift import _MOVES, Stale, operation
 from attnfx.patterns.linear_site import LinearMatch, describe
 from attnfx.patterns.products import CASTS, number, sums_of
 from attnfx.patterns.readings import openings, read
 from attnfx.patterns.values import ValueNumbers
 
+_ELEMENTWISE = ARITHMETIC | {
+    f"aten.{name}{suffix}" for name in ("where", "masked_fill", "tril", "triu", "reciprocal", "dropout") for suffix in ("", "_")
+} | {"aten.constant_pad_nd", "aten.pad", "aten.cat", "aten.true_divide", "aten.expand_as"}  # fmt: skip
 #: How many ways to take parts of a product whole are tried.
 _TRIES = 8
 
@@ -32,7 +36,7 @@ def find(mirror: Mirror, taken: Iterable[fx.Node]) -> list[LinearMatch]:
     for node in mirror.graph.nodes:
         if node in used or not is_tensor(node) or not sums_of(node) or not node.meta["val"].is_floating_point():
             continue
-        if operation(node) == "aten.cumsum":
+        if operation(node) == "aten.cumsum" or not _reads_a_sum(node):
             continue
         best = _best(mirror, numbers, node)
         if best is not None and not best.through & used and best.output not in ends:
@@ -40,6 +44,21 @@ def find(mirror: Mirror, taken: Iterable[fx.Node]) -> list[LinearMatch]:
             found[node] = best
     inner = {n for end, m in found.items() for n in m.inside if n is not end}
     return [m for end, m in found.items() if end not in inner]
+
+
+def _reads_a_sum(node: fx.Node) -> bool:
+    """Whether another sum of products is behind ``node`` with nothing but moves and element-wise operations in between."""
+    queue, seen = list(node.all_input_nodes), set(node.all_input_nodes)
+    while queue:
+        at = queue.pop()
+        if is_tensor(at) and sums_of(at):
+            return True
+        name = operation(at)
+        if name in _MOVES or name in CASTS or name in ACTIVATIONS or name in _ELEMENTWISE:
+            new = [n for n in at.all_input_nodes if n not in seen]
+            seen.update(new)
+            queue.extend(new)
+    return False
 
 
 def _best(mirror: Mirror, numbers: ValueNumbers, node: fx.Node) -> LinearMatch | None:

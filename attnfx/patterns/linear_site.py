@@ -11,16 +11,17 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.capture import Mirror, sizes
-from attnfx.expr import Expr, Int, Load, Score
+from attnfx.expr import Expr, Load, Score
 from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.patterns.axes import Extents, Operand, understood
-from attnfx.patterns.candidate import Layout, Refused
+from attnfx.patterns.candidate import Refused
 from attnfx.patterns.evidence import activation, aligned_tokens, same_operand
 from attnfx.patterns.feature_maps import Mapped, Step, lift_map
 from attnfx.patterns.lift import Dot
-from attnfx.patterns.normalisers import Divided, normalised
-from attnfx.patterns.products import Factor
+from attnfx.patterns.candidate import Layout
 from attnfx.patterns.program import canonical
+from attnfx.patterns.normalisers import Divided, normalised
+from attnfx.patterns.products import Factor, scale
 from attnfx.patterns.readings import ROW, Reading, ScoreLifter
 from attnfx.patterns.weights import split_weights
 from attnfx.site import AttentionSite, SideTensor
@@ -31,7 +32,7 @@ Number = Callable[[fx.Node], int]
 @dataclass(frozen=True)
 class LinearMatch:
     """An attention without a softmax over keys and the graph nodes it stands for. ``inside``: the sums it looks
-    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: how much speaks for this reading."""
+    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: what speaks for this reading."""
 
     site: AttentionSite
     output: fx.Node
@@ -184,23 +185,6 @@ def _plain(lifter: ScoreLifter, factor: Factor) -> Expr:
     return expr.cast(e, torch.float32) if e.dtype == torch.bool else e
 
 
-def scale(e: Expr, factor: sympy.Expr) -> Expr:
-    """``factor * e``; what is a size symbol stays one."""
-    factor = sympy.cancel(factor)
-    if factor == 1:
-        return e
-    if factor.is_number:
-        value = float(factor)
-        return e if abs(value - 1) < 1e-12 else expr.call("mul", e, expr.Const(value, torch.float64), dtype=torch.float32)
-    above, below = sympy.fraction(sympy.together(factor))
-    e = e if above == 1 else expr.call("mul", e, _size(above), dtype=torch.float32)
-    return e if below == 1 else expr.call("div", e, _size(below), dtype=torch.float32)
-
-
-def _size(e: sympy.Expr) -> Expr:
-    return Int(e) if e.is_integer else expr.Const(float(e), torch.float64)
-
-
 def _numbered(mirror: Mirror, reading: Reading, *formulas: Expr) -> tuple[Expr, Expr, Expr, tuple[fx.Node, ...]]:
     """The formulas with loads numbered in order of appearance."""
     loads: dict[fx.Node, int] = {}
@@ -244,8 +228,9 @@ def _site(
     return AttentionSite(
         batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
         queries=extents.sizes[layout.i], keys=extents.sizes[layout.j], head_dim=width(layout.d, "head_dim"),
-        value_dim=width(layout.dv, "value head_dim"), dtype=tensor.dtype, device=tensor.device.type, score=score, keep=keep, fill=0.0,
-        side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and mirror.requires_grad(n)) for n in loads), requires_grad=grad,
-        ranges_low=tuple(sorted(known.low.items(), key=str)), ranges_high=tuple(sorted(known.high.items(), key=str)),
+        value_dim=width(layout.dv, "value head_dim"), dtype=tensor.dtype, device=tensor.device.type, score=score, keep=keep,
+        fill=0.0, side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and mirror.requires_grad(n)) for n in loads),
+        requires_grad=grad, ranges_low=tuple(sorted(known.low.items(), key=str)),
+        ranges_high=tuple(sorted(known.high.items(), key=str)),
         normaliser=divided.normaliser, divisor=divisor, divisor_detached=divided.detached, query_map=maps[0], key_map=maps[1],
     )  # fmt: skip

@@ -340,8 +340,8 @@ class _Attempt:
             replace(found, weight=canonical(found.weight, layout, self.extents)), self.candidate.empty_rows,
             self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
         )  # fmt: skip
-        parts = (made.score, made.keep, made.weight, *([] if made.sink is None else [made.sink]))
-        (score, keep, weight, *sinks), loads = numbered(self.mirror, self.candidate.output, *parts)
+        parts = (made.score, made.keep, *([] if made.sink is None else [made.sink]), made.weight)
+        (score, keep, *sinks, weight), loads = numbered(self.mirror, self.candidate.output, *parts)
         if any(descends(past.node, self.candidate.normaliser) for past in loads):
             raise Refused("its probabilities are multiplied by something that is computed from them")
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]

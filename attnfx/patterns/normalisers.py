@@ -13,9 +13,10 @@ from torch import fx
 from attnfx import expr
 from attnfx.capture import Mirror, is_tensor
 from attnfx.expr import Expr, Load, Score
+from attnfx.feature_maps import RAW
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, operation
-from attnfx.patterns.products import Divisor, Factor, Product, sums_of
+from attnfx.patterns.products import Divisor, Factor, Product, scale, sums_of
 from attnfx.patterns.readings import Reading, ScoreLifter, expanded
 
 
@@ -25,7 +26,7 @@ class Divided:
     nodes that are row sums."""
 
     normaliser: str = "none"
-    divisor: Expr = Score()
+    divisor: Expr = RAW
     detached: bool = False
     sums: frozenset[fx.Node] = frozenset()
 
@@ -35,10 +36,18 @@ def normalised(mirror: Mirror, number: Callable[[fx.Node], int], reading: Readin
     found = Divided()
     for divisor in reading.product.divisors:
         made = _row_divisor(mirror, number, reading, divisor)
+        if made is None and (part := _of_the_values(reading)) is not None:
+            return part
         if made is None or found.normaliser != "none":
             return divisor.at
         found = made
     return found
+
+
+def _of_the_values(reading: Reading) -> fx.Node | None:
+    """A multiplication or mask that only the values stand in: the row sum does not have it."""
+    within = reading.value.within
+    return None if within in [f.within for f in (reading.query, reading.key, reading.scores) if f is not None] else within
 
 
 def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Reading, divisor: Divisor) -> Divided | None:
@@ -54,15 +63,14 @@ def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Read
         found = _ratio(mirror, number, reading, node, index)
         if found is None:
             return None
+        lifter.detached |= found[2]
         kinds.add(found[0])
         sums.add(node)
         mark = Load("row sum", (), torch.float32)
-        from attnfx.patterns.linear_site import scale
-
         return scale(mark, found[1])
 
     lifter = ScoreLifter(mirror, reading.extents.ranges, at=reading.output)
-    lifter.hook = row_sum
+    lifter.hook, lifter.crossing = row_sum, True
     e = lifter.element(divisor.node, divisor.index)
     marks = [n for n in expr.walk(e) if isinstance(n, Load) and n.slot == "row sum"]
     if not marks or len(kinds) != 1:
@@ -79,15 +87,16 @@ def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Read
 
 def _ratio(
     mirror: Mirror, number: Callable[[fx.Node], int], reading: Reading, node: fx.Node, index: Index
-) -> tuple[str, sympy.Expr] | None:
-    """``kind, r`` where ``node`` is r times the sum of the row's weights (or of their magnitudes)."""
-    product, _ = expanded(mirror, number, reading, node, index)
+) -> tuple[str, sympy.Expr, bool] | None:
+    """``kind, r, detached`` where ``node`` is r times the sum of the row's weights (or of their magnitudes)."""
+    product, detached = expanded(mirror, number, reading, node, index)
     kind = "sum"
     if len(product.factors) == 1 and operation(product.factors[0].node) == "aten.abs" and _magnitude(reading, number, product):
         kind = "abs_sum"
         inner = product.factors[0].node.args[0]
         assert isinstance(inner, fx.Node)
-        within, _ = expanded(mirror, number, reading, inner, product.factors[0].index)
+        within, inside = expanded(mirror, number, reading, inner, product.factors[0].index)
+        detached |= inside
         product = Product(product.coefficient * within.coefficient, within.factors, within.divisors, product.sums + within.sums,
                           product.keeps + within.keeps)  # fmt: skip
         if len(within.sums) != (reading.scores is None):
@@ -102,7 +111,7 @@ def _ratio(
         mapping = dict(zip(product.sums, order, strict=True))
         if _elements(product.factors, product.keeps, number, mapping) == wanted:
             ratio = sympy.cancel(product.coefficient / reading.product.coefficient)
-            return (kind, abs(ratio) if kind == "abs_sum" else ratio)
+            return kind, abs(ratio) if kind == "abs_sum" else ratio, detached
     return None
 
 

@@ -63,7 +63,7 @@ class Divisor:
 class Product:
     """``coefficient * sum over sums of (all keeps hold) * product of factors / product of divisors``."""
 
-    coefficient: sympy.Expr = sympy.Integer(1)
+    coefficient: sympy.Expr = sympy.S.One
     factors: tuple[Factor, ...] = ()
     divisors: tuple[Divisor, ...] = ()
     sums: tuple[sympy.Symbol, ...] = ()
@@ -121,7 +121,8 @@ class Expander:
             return here if step is None else self.expand(*step, steps, within)
         if name in CASTS and is_tensor(node.args[0]) and self._keeps_value(node):
             return self.expand(node.args[0], index, steps, within)  # type: ignore[arg-type]
-        found = self._elementwise(node, name, index, within or node)
+        tensors = sum(is_tensor(a) for a in node.args[:3])
+        found = self._elementwise(node, name, index, within or node if tensors > 1 else within)
         return here if found is None else found
 
     def _bits(self, node: fx.Node) -> bool:
@@ -131,13 +132,11 @@ class Expander:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before, after = source.meta["val"], node.meta["val"]
-        return (
-            before.is_floating_point() and after.is_floating_point() and after.dtype.itemsize >= 2 and before.device == after.device
-        )
+        return bool(_wide(before) and _wide(after) and before.device == after.device)
 
     # Elementwise ----------------------------------------------------------------------------------------------------------
 
-    def _elementwise(self, node: fx.Node, name: str, index: Index, within: fx.Node) -> Product | None:
+    def _elementwise(self, node: fx.Node, name: str, index: Index, within: fx.Node | None) -> Product | None:
         match name:
             case "aten.mul" | "aten.mul_":
                 a, b = (self._operand(x, index, within) for x in node.args[:2])
@@ -175,7 +174,7 @@ class Expander:
     def _zero(self, x: object, index: Index) -> bool:
         return expr.is_number(self.lifter.broadcast(x, index), 0)
 
-    def _masked(self, source: object, index: Index, within: fx.Node, kept: Expr) -> Product | None:
+    def _masked(self, source: object, index: Index, within: fx.Node | None, kept: Expr) -> Product | None:
         found = self._operand(source, index, within)
         return None if found is None else replace(found, keeps=(*found.keeps, kept))
 
@@ -184,7 +183,7 @@ class Expander:
             return Product(coefficient=c)
         return self.expand(x, aligned(x, index), (), within) if is_tensor(x) else None  # type: ignore[arg-type]
 
-    def _divided(self, node: fx.Node, index: Index, within: fx.Node) -> Product | None:
+    def _divided(self, node: fx.Node, index: Index, within: fx.Node | None) -> Product | None:
         above, below = node.args[:2]
         found = self._operand(above, index, within)
         if found is None or (c := number(below)) == 0:
@@ -195,7 +194,7 @@ class Expander:
             return None
         return found * Product(divisors=(Divisor(below, aligned(below, index), node),))  # type: ignore[arg-type]
 
-    def _pieced(self, node: fx.Node, name: str, index: Index, within: fx.Node) -> Product | None:
+    def _pieced(self, node: fx.Node, name: str, index: Index, within: fx.Node | None) -> Product | None:
         """A padded or joined tensor where it is proved which piece the element is in (a column of ones beside the values)."""
         found = _RULES[name](_Shallow(self.mirror, self.extents.ranges, at=self.lifter.at), node, index)
         if isinstance(found, Load) and isinstance(found.slot, fx.Node):
@@ -284,6 +283,10 @@ class _Shallow(Lifter):
         return Load(node, index, node.meta["val"].dtype) if is_tensor(node) else self.literal(node)  # type: ignore[attr-defined]
 
 
+def _wide(value: torch.Tensor) -> bool:
+    return bool(value.is_floating_point() and value.dtype.itemsize >= 2)
+
+
 def aligned(x: object, index: Index) -> Index:
     """The index of an operand of an element-wise operation whose result has ``index``."""
     assert isinstance(x, fx.Node)
@@ -311,3 +314,20 @@ def number(x: object) -> sympy.Expr | None:
 def _rational(x: float) -> sympy.Rational:
     exact = Fraction(x)
     return sympy.Rational(exact.numerator, exact.denominator)
+
+
+def scale(e: Expr, factor: sympy.Expr) -> Expr:
+    """``factor * e``; what is a size symbol stays one."""
+    factor = sympy.cancel(factor)
+    if factor == 1:
+        return e
+    if factor.is_number:
+        value = float(factor)
+        return e if abs(value - 1) < 1e-12 else expr.call("mul", e, expr.Const(value, torch.float64), dtype=torch.float32)
+    above, below = sympy.fraction(sympy.together(factor))
+    e = e if above == 1 else expr.call("mul", e, _size(above), dtype=torch.float32)
+    return e if below == 1 else expr.call("div", e, _size(below), dtype=torch.float32)
+
+
+def _size(e: sympy.Expr) -> Expr:
+    return Int(e) if e.is_integer else expr.Const(float(e), torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 from torch import fx
@@ -15,7 +15,7 @@ from attnfx.patterns.axes import Extents, divisors
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.feature_maps import ACTIVATIONS, history_of
 from attnfx.patterns.lift import Dot, Index, Lifter, operation
-from attnfx.patterns.products import Divisor, Expander, Factor, Product, sums_of
+from attnfx.patterns.products import Expander, Factor, Product, sums_of
 
 #: The query axis of a single query, whose axis of size one needs no index.
 ROW = sympy.Symbol("row", integer=True, nonnegative=True)
@@ -23,9 +23,11 @@ Hook = Callable[[fx.Node, Index], Expr | None]
 
 
 class ScoreLifter(Lifter):
-    """A lifter that knows activations besides the rules of logits, and may be asked first what a node is."""
+    """A lifter that knows activations besides the rules of logits, and may ask ``hook`` first what a node is. One that is
+    ``crossing`` follows what has no gradient as well, and notes it in ``detached``."""
 
     hook: Hook | None = None
+    crossing = False
     detached = False
 
     def _element(self, node: fx.Node, index: Index) -> Expr:
@@ -42,7 +44,7 @@ class ScoreLifter(Lifter):
         return made if made is not None else Load(node, index, node.meta["val"].dtype)
 
     def severed(self, node: fx.Node) -> bool:
-        if self.hook is not None and super().severed(node):
+        if self.crossing and super().severed(node):
             self.detached = True
             return False
         return super().severed(node)
@@ -89,10 +91,8 @@ def read(
         yield from _roles(mirror, output, *made, opened, atoms)
 
 
-def _start(mirror: Mirror, output: fx.Node, extents: Extents, hook: Hook | None = None) -> ScoreLifter:
-    lifter = ScoreLifter(mirror, extents.ranges, at=output)
-    lifter.hook = hook
-    return lifter
+def _start(mirror: Mirror, output: fx.Node, extents: Extents) -> ScoreLifter:
+    return ScoreLifter(mirror, extents.ranges, at=output)
 
 
 def _fresh(mirror: Mirror, output: fx.Node) -> tuple[Index, Extents]:
@@ -238,7 +238,7 @@ def _formula_roles(
         lifter = ScoreLifter(mirror, extents.ranges, at=output)
         z = lifter.element(scores.node, scores.index)
         dots = [n for n in expr.walk(z) if isinstance(n, Load) and isinstance(n.slot, Dot) and j in _symbols(n.indices)]
-        plain = {(n.slot.node, n.indices) for n in dots if all(isinstance(x, Int) for x in n.indices)}  # type: ignore[union-attr]
+        plain = {(n.slot.node, n.indices) for n in dots if all(isinstance(x, Int) for x in n.indices)}  # type: ignore[attr-defined]
         if len(plain) != 1 or len(columns) != 1:
             continue
         dot, at = plain.pop()
@@ -272,13 +272,11 @@ def _symbols(index: Index) -> frozenset[sympy.Symbol]:
 
 def expanded(
     mirror: Mirror, number: Callable[[fx.Node], int], reading: Reading, node: fx.Node, index: Index
-) -> tuple[Product, Extents]:
-    """Another value of the same graph as a product, stopping where the reading's factors stop."""
+) -> tuple[Product, bool]:
+    """Another value of the same graph as a product, stopping where the reading's factors stop; whether it has no gradient."""
     atoms = frozenset(number(f.node) for f in reading.product.factors if f is not reading.value) | reading.atoms
-    extents = replace(reading.extents)
-    expander = Expander(mirror, extents, _start(mirror, reading.output, extents), number, None, atoms)
+    lifter = _start(mirror, reading.output, reading.extents)
+    lifter.crossing = True
+    expander = Expander(mirror, reading.extents, lifter, number, None, atoms)
     expander.made = 1000
-    return expander.expand(node, index), expander.extents
-
-
-__all__ = ["Divisor", "Reading", "ScoreLifter", "expanded", "openings", "read"]
+    return expander.expand(node, index), lifter.detached

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr
-from attnfx.patterns.separate import has_score, widened
+from attnfx.patterns.separate import MASK_LEVEL, has_score, widened
 
 #: Operations under which a masked score of minus infinity or of a huge negative number becomes exactly zero.
 _VANISHING = ("exp", "exp2", "sigmoid")
@@ -64,7 +62,7 @@ def _vanishing(w: Call) -> tuple[Expr, Expr]:
         condition, a, b = inner.args
         if isinstance(a, Const):
             condition, a, b = expr.logical_not(condition), b, a
-        low = isinstance(b, Const) and (b.value <= -1e4 or (math.isinf(b.value) and b.value < 0))
+        low = isinstance(b, Const) and b.value <= MASK_LEVEL
         if low and not has_score(condition):
             return Call(w.op, (a, *w.args[1:]), w.dtype), condition
     return w, expr.TRUE

@@ -66,7 +66,7 @@ def causal_masked_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def decay_parallel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     i = torch.arange(N)
     lag = i[:, None] - i[None, :]
-    decay = torch.where(lag >= 0, 0.9**lag, 0.0)
+    decay = torch.where(lag >= 0, 0.9 ** lag.double(), 0.0)
     return (q @ t(k) * decay) @ v
 
 
@@ -270,44 +270,83 @@ def values_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ (t(k) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
 
 
+def values_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same by masked_fill."""
+    q, k = elu1(q), elu1(k)
+    v = v.masked_fill(~mask[:, None, :, None], 0.0)
+    return (q @ (t(k) @ v)) / (q @ k.sum(-2).unsqueeze(-1))
+
+
 MASK = torch.tensor([[True] * 5 + [False] * 2, [True] * N])
 SPELLINGS: dict[str, Linear] = {
     "normalised weights": Linear(normalised, "Σ_j w v / Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)"),
     "normalised result": Linear(normalised_after, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = max(q, 0)·max(k, 0)", CROSS),
     "causal, clamped": Linear(causal_normalised, "Σ_j w v / max(l, 0.001), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1) | causal"),
     "causal by masked_fill": Linear(causal_masked_fill, "Σ_j w v, w = (q·k)·0.5 | causal"),
-    "retention decay from arange": Linear(decay_parallel, "Σ_j w v, w = (q·k)·pow(0.9, i - j) | causal"),
-    "torchscale RetNet": Linear(retnet, "Σ_j w v / max(|l|, 1), l = Σ_j w, w = (q·k)·T0[h, i, j]/T1[h, i, 0]", extra=(torch.tensor([-0.03, -0.01, -0.005], dtype=torch.float64),)),
+    "retention decay from arange": Linear(decay_parallel, "Σ_j w v, w = (q·k)·pow(0.9, fp64(i - j)) | causal"),
+    "torchscale RetNet": Linear(
+        retnet,
+        "Σ_j w v / max(|l|, 1), l = Σ_j w, w = (q·k)·T0[h, i, j]/T1[h, i, 0]",
+        extra=(torch.tensor([-0.03, -0.01, -0.005], dtype=torch.float64),),
+    ),
     "torchscale RetNet chunk": Linear(retnet_magnitudes, "Σ_j w v / max(l, 1), l = Σ_j |w|, w = q·k | causal"),
     "relu scores by length": Linear(relu_by_length, "Σ_j w v, w = max((q·k)·0.5, 0)·0.142857", CROSS),
     "squared relu scores": Linear(squared_relu, "Σ_j w v, w = pow(max((q·k)/7, 0), 2)"),
     "sigmoid": Linear(sigmoid, "Σ_j w v, w = sigmoid((q·k)·0.5 - 1.94591)", CROSS),
     "sigmoid, causal": Linear(sigmoid_causal, "Σ_j w v, w = sigmoid((q·k)·0.5) | causal"),
     "cosine": Linear(cosine, "Σ_j w v, w = (q·k)·0.142857"),
-    "Taylor of the scores": Linear(taylor_scores, "Σ_j w v / (l + 1e-12), l = Σ_j w, w = (q·k)·0.5 + 1 + (q·k)·0.5·(q·k)·0.5/2 | causal"),
-    "relu with a bias": Linear(biased, "Σ_j w v, w = max((q·k) + T0[h, i, j], 0)", extra=(torch.linspace(-1, 1, H * N * N, dtype=torch.float64).view(H, N, N),)),
-    "key padding": Linear(key_padding, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1) | T0[b, 0, 0, j]", extra=(MASK,)),
+    "Taylor of the scores": Linear(
+        taylor_scores, "Σ_j w v / (l + 1e-12), l = Σ_j w, w = (q·k)·0.5 + 1 + (q·k)·0.5·(q·k)·0.5/2 | causal"
+    ),
+    "relu with a bias": Linear(
+        biased,
+        "Σ_j w v, w = max((q·k) + T0[h, i, j], 0)",
+        extra=(torch.linspace(-1, 1, H * N * N, dtype=torch.float64).view(H, N, N),),
+    ),
+    "key padding": Linear(
+        key_padding, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1) | T0[b, 0, 0, j]", extra=(MASK,)
+    ),
     "plain": Linear(plain, "Σ_j w v, w = q·k", CROSS),
     "elu, normalised": Linear(elu_normalised, "Σ_j w v / Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", CROSS),
-    "LoFTR with masks": Linear(loftr, "Σ_j w v / (l·0.142857 + 1e-06), l = Σ_j w, w = ((elu(q) + 1)·(elu(k) + 1))·7 | T0[b, i, 0, 0] ∧ T1[b, j, 0, 0]", LAST, (MASK, MASK)),
+    "LoFTR with masks": Linear(
+        loftr,
+        "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1) | T0[b, i, 0, 0] ∧ T1[b, j, 0, 0]",
+        LAST,
+        (MASK, MASK),
+    ),
     "fast-transformers": Linear(fast_transformers, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", LAST),
-    "performer": Linear(performer, "Σ_j w v / Σ_j w, w = ((exp(q) + 0.0001)·(exp(k) + 0.0001))·0.125", extra=(torch.linspace(-1, 1, 8 * D, dtype=torch.float64).view(8, D),)),
+    "performer": Linear(
+        performer,
+        "Σ_j w v / Σ_j w, w = ((exp(q) + 0.0001)·(exp(k) + 0.0001))·0.125",
+        extra=(torch.linspace(-1, 1, 8 * D, dtype=torch.float64).view(8, D),),
+    ),
     "EfficientViT": Linear(efficientvit, "Σ_j w v / (l + 1e-15), l = Σ_j w, w = max(q, 0)·max(k, 0)", FIRST),
     "ddpm": Linear(ddpm, "Σ_j w v, w = (softmax_d(q)·softmax_j(k))·0.5", FIRST),
     "efficient attention": Linear(efficient, "Σ_j w v, w = (softmax_d(q)·softmax_j(k))·0.5"),
-    "causal efficient attention": Linear(causal_efficient, "Σ_j w v / max(l, 0.001), l = Σ_j w, w = (softmax_d(q)·exp(k))·0.5 | causal"),
+    "causal efficient attention": Linear(
+        causal_efficient, "Σ_j w v / max(l, 0.001), l = Σ_j w, w = (softmax_d(q)·exp(k))·0.5 | causal"
+    ),
     "running sum": Linear(cumulative, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1) | causal"),
     "running sum by einsum": Linear(cumulative_einsum, "Σ_j w v, w = q·k | causal", LAST),
-    "squared relu features": Linear(squared_relu_features, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (pow(max(q, 0), 2))·(max(k, 0)·max(k, 0))", CROSS),
+    "squared relu features": Linear(
+        squared_relu_features, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (pow(max(q, 0), 2))·(max(k, 0)·max(k, 0))", CROSS
+    ),
     "exponential features": Linear(exponential, "Σ_j w v / Σ_j w, w = exp(q)·exp(k)"),
     "query divided first": Linear(query_normalised_first, "Σ_j w v, w = (sigmoid(q)·sigmoid(k))·T0[b, h, i]"),
-    "Galerkin": Linear(galerkin, "Σ_j w v, w = (q·k)·0.142857", extra=(torch.ones(D, dtype=torch.float64), torch.ones(E, dtype=torch.float64))),
+    "Galerkin": Linear(
+        galerkin, "Σ_j w v, w = (q·k)·0.142857", extra=(torch.ones(D, dtype=torch.float64), torch.ones(E, dtype=torch.float64))
+    ),
     "folded heads": Linear(folded_heads, "Σ_j w v / Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", ((B, N, 3 * H * D),)),
     "shared key heads": Linear(shared_key_heads, "Σ_j w v, w = q·k | causal", ((B, 4, N, D), (B, 2, N, D), (B, 2, N, E))),
-    "one batch, one head": Linear(sizes_of_one, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", ((1, 1, S, D), (1, 1, N, D), (1, 1, N, E))),
-    "one query": Linear(sizes_of_one, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", ((B, H, 1, D), (B, H, N, D), (B, H, N, E))),
+    "one batch, one head": Linear(
+        sizes_of_one, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", ((1, 1, S, D), (1, 1, N, D), (1, 1, N, E))
+    ),
+    "one query": Linear(
+        sizes_of_one, "Σ_j w v / (l + 1e-06), l = Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", ((B, H, 1, D), (B, H, N, D), (B, H, N, E))
+    ),
     "gated head": Linear(simple_gla, "Σ_j w v, w = (q·k)·0.5·exp(T0[b, h, i, 0] - T1[b, h, 0, j]) | causal", (*SELF, (B, H, N))),
     "masked values": Linear(values_masked, "Σ_j w v / Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", extra=(MASK,)),
+    "filled values": Linear(values_filled, "Σ_j w v / Σ_j w, w = (elu(q) + 1)·(elu(k) + 1)", extra=(MASK,)),
 }
 
 
