@@ -193,6 +193,10 @@ def where(condition: Expr, a: Expr, b: Expr, dtype: torch.dtype | None = None) -
         return cast(a, dtype) if dtype else a
     if condition == FALSE:
         return cast(b, dtype) if dtype else b
+    if a == TRUE and b == FALSE:
+        return condition
+    if a == FALSE and b == TRUE:
+        return logical_not(condition)
     return a if a == b else Call("where", (condition, a, b), dtype or promote(a, b))
 
 

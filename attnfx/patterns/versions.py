@@ -1,8 +1,8 @@
 """Versions: the value of a tensor that was written in place, as the reader found it.
 
 In-place operations are followed without rewriting the graph. The element of a tensor after a write is the element of what was
-written where the write reached it, and the element before the write elsewhere. Where that cannot be said in a formula, the tensor
-itself is data: :class:`Past` names it as it was after a given write, and splicing takes a copy there if a later write would hide it.
+written where the write reached it, and the element before the write elsewhere. Where that cannot be said in a formula, the
+tensor itself is data: :class:`Past` names it as it was after a given write; splicing takes a copy if a later write hides it.
 """
 
 from __future__ import annotations
@@ -254,4 +254,3 @@ def merged(inside: Expr, new: Expr, old: Expr, dtype: torch.dtype) -> Expr:
 
 #: What changes no score: adding zero to one changes at most the sign of a zero, which no softmax sees.
 _NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
-
