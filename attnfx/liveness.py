@@ -18,9 +18,9 @@ _SIZES = ("aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storag
 def live_nodes(mirror: Mirror) -> set[fx.Node]:
     """The nodes whose value matters to a caller.
 
-    A result of the graph matters; so does a write to memory that existed before (inputs, parameters, buffers), and
-    whatever an operation
-    that could not be traced, or that does more than compute tensors, is given. Reading memory makes every earlier write to it matter.
+    A result of the graph matters; so does a write to memory that existed before (inputs, parameters, buffers), and whatever is
+    given to an operation that could not be traced, or that does more than compute tensors. Reading memory makes every earlier
+    write to it matter.
     """
     alive: set[fx.Node] = set()
     end = len(mirror.position)

@@ -53,7 +53,7 @@ def test_an_in_place_write_that_somebody_else_reads_stays() -> None:
     assert_same(got, leaks(*args))
 
 
-def test_operands_changed_later_are_refused() -> None:
+def test_operands_changed_later() -> None:
     def changed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         v = v + 0
         p = (q @ k.transpose(-1, -2)).softmax(-1)
@@ -77,7 +77,7 @@ def test_mask_changed_between_use_and_result() -> None:
     args = (*inputs()[:3], torch.randn(8, 1))
     got, report = compiled(changed, *args)
     assert_same(got, changed(*args))
-    assert "changed in place" in report.missed[0].reason
+    assert len(report.sites) == 1, "the mask is copied before it is changed"
 
 
 @pytest.mark.parametrize("tail", ["view", "reshape", "transpose then view", "as it is"])

@@ -17,8 +17,9 @@ from torch.utils._sympy.functions import PythonMod
 from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr, Int
 from attnfx.integers import FloorDiv, Mod, Ranges, replace
+from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, Lifter, operation
-from attnfx.patterns.versions import as_read
+from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 
 #: The axes folded into one axis of a tensor, outermost first; empty for an axis of size one.
 Axis = tuple[sympy.Symbol, ...]
@@ -113,14 +114,31 @@ def history(lifter: Lifter, node: fx.Node, index: Index, reader: fx.Node) -> lis
     return steps
 
 
-def found_after(mirror: Mirror, side: Sequence[tuple[fx.Node, Index]], reader: fx.Node) -> list[fx.Node]:
-    """For each form in a history that ``reader`` starts, the last write to its memory before it is read, or the form itself."""
-    after = []
-    for (node, _), (older, _) in zip(side, [*side[1:], side[-1]], strict=True):
-        after.append(as_read(mirror, node, reader).after)
+def rooted(
+    mirror: Mirror,
+    side: Sequence[tuple[fx.Node, Index]],
+    reader: fx.Node,
+    until: fx.Node,
+    extents: Extents,
+    alone: frozenset[sympy.Symbol],
+    name: str,
+) -> Operand:
+    """The oldest form in a history that ``reader`` starts whose axes are all understood, if possible one that no write
+    before ``until`` hides. Raises Refused where there is none."""
+    known: list[tuple[Operand, Past]] = []
+    for (node, at), (older, _) in zip(side, [*side[1:], side[-1]], strict=True):
+        form, past = understood(node, at, extents, alone), as_read(mirror, node, reader)
+        if form is not None:
+            known.insert(0, (form, past))
         if mirror.storage[older] != mirror.storage[node]:
             reader = node
-    return after
+    if not known:
+        raise Refused(f"the axes of the {name} ({side[0][0].name}) cannot be told apart")
+    held = [(form, past) for form, past in known if obtainable(mirror, past, until)]
+    if not held:
+        raise Refused(f"the {name} ({known[0][1].name}) are changed in place before the attention is computed")
+    form, past = next(((f, p) for f, p in held if hidden_by(mirror, p, until) is None), held[0])
+    return Operand(form.node, form.axes, past.after)
 
 
 def divisors(indices: Iterable[Expr], extents: Extents) -> tuple[sympy.Symbol, sympy.Expr] | None:

@@ -8,7 +8,7 @@ import sympy
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import as_sympy, is_tensor, sizes
+from attnfx.capture import as_sympy, sizes
 from attnfx.expr import Expr, Int
 from attnfx.patterns.lift import Index, Lifter, operation, reshaped
 from attnfx.patterns.lift_moves import argument, integer_of
@@ -163,9 +163,9 @@ def _unpack(lifter: Lifter, view: fx.Node, source: fx.Node, index: Index) -> Pla
 @inverse("aten.diagonal")
 def _diagonal(lifter: Lifter, view: fx.Node, source: fx.Node, index: Index) -> Place | None:
     offset = integer_of(argument(view, 1, "offset", 0))
-    a, b = (int(argument(view, k, f"dim{k - 1}", k - 2)) % len(index) if len(view.args) > k or f"dim{k - 1}" in view.kwargs else k - 2
-            for k in (2, 3))  # fmt: skip
-    if not (offset.is_Integer and is_tensor(view)):
+    a = int(argument(view, 2, "dim1", 0)) % len(index)
+    b = int(argument(view, 3, "dim2", 1)) % len(index)
+    if not offset.is_Integer:
         return None
     along = index[a] if offset >= 0 else index[b]
     rest = tuple(x for d, x in enumerate(index) if d not in (a, b))

@@ -107,7 +107,7 @@ def _reached(lifter: Lifter, ids: Any, at: Expr, size: sympy.Expr) -> tuple[Expr
     begin, step = found.value.subs(t, 0), sympy.expand(found.value.diff(t))
     if count == 1:
         step = sympy.Integer(1)
-    if (sympy.expand(begin + step * t - found.value) != 0 and count != 1) or not (step.is_Integer and step > 0):
+    if (count != 1 and sympy.expand(begin + step * t - found.value) != 0) or not (step.is_Integer and step > 0):
         return None
     if not lifter.ranges.nonnegative(begin):
         if not lifter.ranges.nonnegative(-begin - 1 - step * (count - 1)):

@@ -14,14 +14,13 @@ from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Load, Score
 from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.patterns.axes import Extents, Operand, understood
-from attnfx.patterns.candidate import Refused
+from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.evidence import activation, aligned_tokens, same_operand
 from attnfx.patterns.feature_maps import Mapped, Step, lift_map
 from attnfx.patterns.lift import Dot
-from attnfx.patterns.candidate import Layout
-from attnfx.patterns.program import canonical
 from attnfx.patterns.normalisers import Divided, normalised
 from attnfx.patterns.products import Factor, scale
+from attnfx.patterns.program import canonical
 from attnfx.patterns.readings import ROW, Reading, ScoreLifter
 from attnfx.patterns.weights import split_weights
 from attnfx.site import AttentionSite, SideTensor

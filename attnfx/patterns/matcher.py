@@ -13,7 +13,7 @@ from attnfx import expr
 from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Int, Load
 from attnfx.patterns.added import place, summation, summed_with
-from attnfx.patterns.axes import Extents, Operand, divisors, found_after, history, through_scaling, understood
+from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, through_scaling, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
@@ -215,8 +215,18 @@ class _Attempt:
 
     def finish(self) -> Match:
         alone = frozenset((self.i, self.j, self.d, self.dv))
-        query, key, value = (self._root(side, alone, name) for side, name in
-                             ((self.query, "queries"), (self.key, "keys"), (self.value, "values")))  # fmt: skip
+        until = self.candidate.output
+
+        def root(side: Sequence[tuple[fx.Node, Index]], reader: fx.Node, name: str) -> Operand:
+            extents = self.extents
+            if name == "values" and self.candidate.pattern == "scaled_dot_product_attention":
+                # torch's attention never compares the lengths of keys and values: two caches may have a symbol each
+                own = sizes(self.candidate.normaliser.args[2])[-2]  # type: ignore[arg-type]
+                extents = Extents({**extents.sizes, self.j: own}, extents.known)
+            return rooted(self.mirror, side, reader, until, extents, alone, name)
+
+        query, key = root(self.query, self.dot, "queries"), root(self.key, self.dot, "keys")
+        value = root(self.value, until, "values")
         further = self._further(alone)
         layout = self._layout(frozenset().union(key.symbols, value.symbols, *(k.symbols for _, k, _ in further)))
         output = understood(self.candidate.output, self.index, self.extents, alone)
@@ -263,25 +273,6 @@ class _Attempt:
             groups.insert(0, rest.pop())
         heads = [rest.pop()] if rest else []
         return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv)
-
-    def _root(self, side: Sequence[tuple[fx.Node, Index]], alone: frozenset[sympy.Symbol], name: str) -> Operand:
-        """The oldest form of an operand whose axes are all understood, if possible one that no later write hides."""
-        extents = self.extents
-        if name == "values" and self.candidate.pattern == "scaled_dot_product_attention":
-            # torch's attention never compares the lengths of keys and values: two caches may have a symbol each
-            own = sizes(self.candidate.normaliser.args[2])[-2]  # type: ignore[arg-type]
-            extents = Extents({**extents.sizes, self.j: own}, extents.known)
-        after = found_after(self.mirror, side, self.candidate.output if name == "values" else self.dot)
-        forms = [(understood(node, at, extents, alone), Past(node, w)) for (node, at), w in zip(side, after, strict=True)]
-        known = [(form, past) for form, past in reversed(forms) if form is not None]
-        if not known:
-            raise Refused(f"the axes of the {name} ({side[0][0].name}) cannot be told apart")
-        until = self.candidate.output
-        held = [found for found in known if obtainable(self.mirror, found[1], until)]
-        if not held:
-            raise Refused(f"the {name} ({known[0][1].name}) are changed in place before the attention is computed")
-        form, past = next((found for found in held if hidden_by(self.mirror, found[1], until) is None), held[0])
-        return Operand(form.node, form.axes, past.after)
 
     def _unscaled(self, operand: Operand) -> tuple[Operand, float]:
         """The operand before multiplications by numbers and widening casts, and the product of the numbers."""

@@ -1,8 +1,8 @@
 """Versions: the value of a tensor that was written in place, as the reader found it.
 
 In-place operations are followed without rewriting the graph. The element of a tensor after a write is the element of what was
-written where the write reached it, and the element before the write elsewhere. Where that cannot be said in a formula, the tensor
-itself is data: :class:`Past` names it as it was after a given write, and splicing takes a copy there if a later write would hide it.
+written where the write reached it, and the element before the write elsewhere. Where that cannot be said in a formula, the
+tensor itself is data: :class:`Past` names it as it was after a given write; splicing takes a copy if a later write hides it.
 """
 
 from __future__ import annotations

@@ -113,12 +113,12 @@ def decode_partial(
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
             acc, l, m, q_tile, keys, values, steps, full_lo, full_lo + gap, 0, 0, i, N, at, noise, loads, ints, SCORE, KEEP,
-            FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            None, FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, N, at, noise, loads, ints, SCORE,
-            KEEP, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            KEEP, None, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
 
     place = split.to(tl.int64) * total + (b * heads + key_head * group).to(tl.int64) * M + row
@@ -244,7 +244,7 @@ def decode_merge(
                 acc_rows = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc_rows, l_rows, m_rows = _visit(
                     acc_rows, l_rows, m_rows, q_tile, keys, values, steps, 0, N, 0, 0, rows[:, None], N, (b, h, bh), noise, loads,
-                    ints, SCORE, KEEP, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                    ints, SCORE, KEEP, None, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
                 )  # fmt: skip
                 top = tl.arange(0, BLOCK_M) == 0
                 natural_max = tl.zeros([1], tl.float32) + tl.sum(tl.where(top, m_rows, 0.0), 0)
