@@ -270,9 +270,10 @@ class _Tracer(fx.Interpreter):
         self.results: dict[fx.Node, Any] = {}
         self.blind: dict[fx.Node, str] = {}
         self.closed = levels.closed(gm.graph)
+        self.owned = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}  # of an exported graph; Dynamo makes them inputs
 
     def run_fake(self, *inputs: Any) -> Any:
-        # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
+        # Constants of the graph (get_attr) are converted by the mode as they are met.
         with self.world.mode:
             self.run(*inputs)
         return ()
@@ -302,6 +303,9 @@ class _Tracer(fx.Interpreter):
 
     def value_of(self, n: fx.Node) -> Any:
         why = self.not_traceable(n)
+        if n.op == "get_attr" and n.target in self.owned:
+            n.meta["example_value"] = self.owned[str(n.target)]
+            return self.stand_in(n)
         if n.target in _AUTOCAST:
             return self.autocast(n)
         if why is None:

@@ -26,13 +26,19 @@ _MADE = "attnfx_barrier"
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], mode: str) -> Callable[..., Any]:
     """``gm`` compiled by Inductor in ``mode``; every attention in it stays as it is written."""
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = dict(list_mode_options(mode)) if mode != "default" else {}
-    patches["joint_custom_pre_pass"] = Passes(_listed(config.joint_custom_pre_pass), Guard())
-    patches["joint_custom_post_pass"] = Passes(Release(), _listed(config.joint_custom_post_pass))
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches(mode)))
+
+
+def patches(mode: str = "default") -> dict[str, Any]:
+    """What a compile in ``mode`` changes of Inductor's configuration, for itself."""
+    from torch._inductor import list_mode_options
+
+    changed: dict[str, Any] = dict(list_mode_options(mode)) if mode != "default" else {}
+    changed["joint_custom_pre_pass"] = Passes(_listed(config.joint_custom_pre_pass), Guard())
+    changed["joint_custom_post_pass"] = Passes(Release(), _listed(config.joint_custom_post_pass))
+    return changed
 
 
 class Guard(CustomGraphPass):
