@@ -24,7 +24,7 @@ def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, full
     given = {**options, "policy": policy} if policy is not None else options
     parsed = Options.parse(None, given)
     compiled = torch.compile(model, backend=backend.attnfx, dynamic=dynamic, fullgraph=fullgraph, options=given)
-    return compiled if parsed.strict_sites is None else counting.checked(compiled, given)
+    return compiled if parsed.strict_sites is None else counting.checked(compiled, parsed.strict_sites, given)
 
 
 def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = None, **kwargs: Any) -> Report:

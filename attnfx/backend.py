@@ -49,9 +49,9 @@ def attnfx(
     rewritten, report = rewrite(gm, parsed, example_inputs)
     for listen in listeners.get():
         listen(report)
-    tally = None if parsed.strict_sites is None else counting.count(parsed.strict_sites, report, gm, options)
-    compiled = compile_inner(rewritten, gm, example_inputs, parsed)
-    return compiled if tally is None else tally.watched(compiled)
+    if parsed.strict_sites is not None:
+        counting.count(parsed.strict_sites, report, gm, options)
+    return compile_inner(rewritten, gm, example_inputs, parsed)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> tuple[fx.GraphModule, Report]:
