@@ -23,10 +23,11 @@ from attnfx.lowering.plan import KernelPlan
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
 from attnfx.patterns.matcher import Match
+from attnfx.patterns.near import NearMiss
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
-from attnfx.subgraphs import drop_unread, regions, sink_masks
+from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
 
 #: Where reports of compiles go while somebody is listening.
 listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfx_listeners", default=())
@@ -110,7 +111,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
     probe = measuring.probe(work, pairs if options.verify else ())
     ours = set()
     for region in regions(work):
-        inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.")
+        with autocast_at(region.node):
+            inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.")
         setattr(work, region.name, inner.gm)
         if inner.gm is not getattr(gm, region.name, None):
             ours.add(region.name)
@@ -216,7 +218,7 @@ def _source(decision: Decision) -> str | None:
     return codegen.source(decision.kernel)
 
 
-def _missed(mirror: Mirror, miss: patterns.NearMiss) -> Missed:
+def _missed(mirror: Mirror, miss: NearMiss) -> Missed:
     origin = origin_of(mirror, miss.node)
     return Missed(origin.module, miss.reason, miss.node.name, origin.source)
 

@@ -77,7 +77,9 @@ class Mirror:
                 followed = bool(node.args[0])
             reached = any(n in self._differentiable for n in node.all_input_nodes)
             dynamo = self.dynamo_of.get(node)
-            example = _example(dynamo) if dynamo is not None else None
+            example = (
+                dynamo.meta.get("example_value") if dynamo is not None else None
+            )  # an exported graph's "val" requires no gradient
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
             apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
             if wanted and not (apart and not any(True for _ in _written(node))):

@@ -45,8 +45,12 @@ class Tally:
             self.close()
         elif not self.ends:
             self.closed = True
-            text = "strict_sites is not judged: the model has graph breaks, and torch.compile does not say when its first call ends."
-            warnings.warn(f"{text} attnfx.compile(model, strict_sites={self.expected}) counts all its graphs.", AttnfxWarning, stacklevel=3)
+            text = (
+                "strict_sites is not judged: the model has graph breaks, and torch.compile does not say when its first call ends."
+            )
+            warnings.warn(
+                f"{text} attnfx.compile(model, strict_sites={self.expected}) counts all its graphs.", AttnfxWarning, stacklevel=3
+            )
 
     def close(self) -> None:
         """Nothing more is counted. Raises SiteCountError where the number is not what is demanded."""
@@ -113,4 +117,3 @@ def _outermost() -> bool:
             return False
         frame = frame.f_back
     return True
-

@@ -14,6 +14,7 @@ from attnfx import measure
 from attnfx.errors import AttnfxWarning, VerificationError
 from attnfx.options import Compiler, Options
 
+
 def compile_inner(gm: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """``gm`` compiled by the inner backend; with ``verify``, its first results are compared with ``original``'s."""
     compiled = _compile(gm, inputs, options)

@@ -35,7 +35,9 @@ def closed(graph: fx.Graph) -> dict[fx.Node, str]:
 def forward_mode() -> str:
     """Why a graph that is compiled now stays as it was: derivatives are carried forward through it. Empty otherwise."""
     level = torch.autograd.forward_ad._current_level
-    return "" if level < 0 else "it is compiled inside torch.autograd.forward_ad.dual_level, and attnfx has derivatives backward only"
+    return (
+        "" if level < 0 else "it is compiled inside torch.autograd.forward_ad.dual_level, and attnfx has derivatives backward only"
+    )
 
 
 def mapped(graph: fx.Graph) -> frozenset[fx.Node]:

@@ -77,7 +77,7 @@ def _sites(report: "Report") -> str:
         lines.extend(rest)
         lines.append(_wrapped(str(site.site), "  "))
         lines.append(_wrapped(site.reason, "  "))
-        if (measured := [s.measured for s in group.sites if s.measured is not None]):
+        if measured := [s.measured for s in group.sites if s.measured is not None]:
             lines.append(_wrapped(f"verified: {max(measured, key=lambda m: (m.beyond, m.error))}", "  "))
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,23 @@ def regions(gm: fx.GraphModule) -> Iterator[Region]:
             if isinstance(module, fx.GraphModule) and attribute.target not in seen:
                 seen.add(str(attribute.target))
                 yield Region(node, str(attribute.target), module)
+
+
+@contextmanager
+def autocast_at(node: fx.Node) -> Iterator[None]:
+    """The autocast regions that ``node`` is in, entered."""
+    entered: list[fx.Node] = []
+    for before in node.graph.nodes:
+        if before is node:
+            break
+        if before.target is torch.amp.autocast_mode._enter_autocast:
+            entered.append(before)
+        elif before.target is torch.amp.autocast_mode._exit_autocast and before.args[0] in entered:
+            entered.remove(before.args[0])
+    with ExitStack() as stack:
+        for region in entered:
+            stack.enter_context(torch.amp.autocast_mode.autocast(*region.args, **region.kwargs))  # type: ignore[arg-type]
+        yield
 
 
 def is_call(node: fx.Node) -> bool:
@@ -161,7 +179,7 @@ def _shared(gm: fx.GraphModule, name: str) -> bool:
 
 
 def _is(node: fx.Node, names: tuple[str, ...]) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in names
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) in names
 
 
 def _named(node: fx.Node) -> str:

@@ -43,7 +43,9 @@ def wrong_first_site(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_site_is_put_back_and_the_result_is_right(wrong_first_site: None) -> None:
     args = inputs()
-    with pytest.warns(AttnfxWarning, match=r"scaled_dot_product_attention in .*test_measure.py.*error 1.*bound 7\.6e-06.*stays as it"):
+    with pytest.warns(
+        AttnfxWarning, match=r"scaled_dot_product_attention in .*test_measure.py.*error 1.*bound 7\.6e-06.*stays as it"
+    ):
         got, report = compiled(two, *args, verify="first", strict=False)
     assert_same(got, two(*args))
     assert [s.site.is_causal for s in report.sites] == [False]

@@ -65,7 +65,9 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     plan = KernelPlan.from_json(ctx.plan)
     if plan.site.dropout > 0.0 or ctx.with_lse:
         what = "one with dropout" if plan.site.dropout > 0.0 else "one whose log-sum-exp is used"
-        raise NotImplementedError(f"attnfx computes second derivatives of attention, but not of {what}; run the model without attnfx.")
+        raise NotImplementedError(
+            f"attnfx computes second derivatives of attention, but not of {what}; run the model without attnfx."
+        )
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         q, k, v, *rest = (_apart(t) for t in ctx.saved_tensors)
@@ -86,8 +88,8 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 def _plain(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     values = plan.values(sizes, k.shape[2], loads)
-    wide = [t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v)]
-    return plain_attention(plan.site, *wide, loads, [values[s] for s in plan.site.symbols])
+    q, k, v = (t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v))
+    return plain_attention(plan.site, q, k, v, loads, [values[s] for s in plan.site.symbols])
 
 
 def _grad(followed: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor], again: bool) -> tuple[Tensor | None, ...]:
