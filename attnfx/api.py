@@ -85,7 +85,8 @@ class Verification:
 def verify(model: Any, *args: Any, policy: Any = None, **kwargs: Any) -> Verification:
     """The model with its attentions rewritten against its own, in numbers: each output end to end, and each site by itself.
 
-    A site whose exact rewrite differs beyond the bound (:data:`attnfx.measure.TOLERANCE` times the epsilon of its dtype) is put back with an
+    A site whose exact rewrite differs beyond the bound (:data:`attnfx.measure.TOLERANCE` times the epsilon of its dtype) is put
+    back with an
     AttnfxWarning and listed in ``report.missed``. Runs the model four times, without gradients.
     """
     options = Options.parse(None, {"policy": policy, "inner": "eager", "verify": True})

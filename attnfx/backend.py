@@ -84,7 +84,8 @@ class _Rewritten:
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], prefix: str) -> _Rewritten:
-    """``gm`` and the graphs inside it rewritten. ``refused``: sites by name that stay, and why; ``prefix``: of the names in ``gm``."""
+    """``gm`` and the graphs inside it rewritten. ``refused``: sites by name that stay, and why; ``prefix``: of the names
+    in ``gm``."""
     work = fx.GraphModule(gm, _copied(gm.graph))
     mirror = capture(work)
     if expand_composites(work, mirror):

@@ -1,8 +1,11 @@
 """The option ``strict_sites``: a model whose attentions are not all rewritten is an error, and the error says what is missing.
 
-The number is that of the whole model: the attentions in all the graphs that its first call compiles, each graph once, however many layers
-run it. A function that is compiled whole is judged when it is compiled. One that graph breaks divide is judged at the end of its first
-call, which ``attnfx.compile`` sees; ``torch.compile`` tells a backend nothing of ends, so that there a warning says that nothing was
+The number is that of the whole model: the attentions in all the graphs that its first call compiles, each graph once, however
+many layers
+run it. A function that is compiled whole is judged when it is compiled. One that graph breaks divide is judged at the end of
+its first
+call, which ``attnfx.compile`` sees; ``torch.compile`` tells a backend nothing of ends, so that there a warning says that
+nothing was
 judged. Graphs that are compiled later, for other sizes, are not counted.
 """
 

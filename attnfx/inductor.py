@@ -4,7 +4,8 @@ Inductor matches attention by the form of its ATen graph and takes a softmax ove
 exchanged, a mask that leaves a row without keys, or a scale that is a tensor for plain attention (pytorch#196468, #195320,
 `torch/_inductor/fx_passes/fuse_attention.py`). A site that attnfx refuses for such a reason would be fused behind its back.
 
-The pass cannot be switched off by itself. Each of its patterns holds a softmax taken apart, whose exponentials are read by one sum and
+The pass cannot be switched off by itself. Each of its patterns holds a softmax taken apart, whose exponentials are read by one
+sum and
 one division and by nothing in between. So a pass that runs before it sets an identity there, and one that runs after it takes
 the identity away again. Both belong to this compile alone and have a uuid, so that Inductor's caches tell its graphs from others.
 """

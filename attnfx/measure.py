@@ -25,7 +25,8 @@ TOLERANCE = 64.0
 class Measured:
     """What the replacement of one attention gave beside the original on the same operands, by relative L2 norms.
 
-    ``error``: ``|new - old| / |old|`` over the finite elements; infinite where NaNs or infinities are in different places. ``bound``: what an
+    ``error``: ``|new - old| / |old|`` over the finite elements; infinite where NaNs or infinities are in different places.
+    ``bound``: what an
     exact rewrite may differ by, or None where nothing is demanded: the policy asked for something else. ``note``: why nothing was
     measured (``error`` is NaN then).
     """

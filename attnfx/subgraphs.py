@@ -25,7 +25,8 @@ _CALLS = ("tag_activation_checkpoint", "wrap")
 _OPENED = (*_CALLS, "cond", "while_loop", "invoke_subgraph")
 #: What a mask is made of: operations of values alone, cheap to do twice.
 _FORMULA = frozenset((
-    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "tril", "triu", "getitem", "view", "reshape", "expand",
+    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "tril", "triu", "getitem", "view", "reshape",
+    "expand",
     "expand_as", "unsqueeze", "squeeze", "transpose", "permute", "t", "to", "bool", "int", "long", "float", "type_as", "type",
     "add", "sub", "rsub", "mul", "neg", "abs", "where", "masked_fill", "logical_and", "logical_or", "logical_not", "bitwise_and",
     "bitwise_or", "bitwise_not", "invert", "and_", "or_", "not_", "inv", "eq", "ne", "lt", "le", "gt", "ge", "__and__", "__or__",
@@ -81,7 +82,8 @@ def is_call(node: fx.Node) -> bool:
 
 
 def sink_masks(gm: fx.GraphModule, mirror: Mirror) -> bool:
-    """Compute again inside each region of ``gm`` what it is given of masks; whether anything changed (the mirror is then out of date).
+    """Compute again inside each region of ``gm`` what it is given of masks; whether anything changed (the mirror is then out of
+    date).
 
     Replaces the regions' modules by copies.
     """
@@ -179,7 +181,7 @@ def _shared(gm: fx.GraphModule, name: str) -> bool:
 
 
 def _is(node: fx.Node, names: tuple[str, ...]) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) in names
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and bool(str(node.target) in names)
 
 
 def _named(node: fx.Node) -> str:
