@@ -181,7 +181,7 @@ def _shared(gm: fx.GraphModule, name: str) -> bool:
 
 
 def _is(node: fx.Node, names: tuple[str, ...]) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and bool(str(node.target) in names)
+    return bool(isinstance(node.target, torch._ops.HigherOrderOperator)) and str(node.target) in names
 
 
 def _named(node: fx.Node) -> str:
