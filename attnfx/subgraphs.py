@@ -177,7 +177,7 @@ def _sink(gm: fx.GraphModule, region: Region, operand: fx.Node, formula: list[fx
 
 
 def _shared(gm: fx.GraphModule, name: str) -> bool:
-    return sum(n.op == "get_attr" and n.target == name for n in gm.graph.nodes) > 1
+    return len([n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]) > 1
 
 
 def _is(node: fx.Node, names: tuple[str, ...]) -> bool:
