@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from attnfx.api import compile as compile
     from attnfx.api import explain as explain
     from attnfx.api import verify as verify
+    from attnfx.exporting import export as export
+    from attnfx.exporting import rewritten as rewritten
     from attnfx.policy import Policy as Policy
     from attnfx.policy import Rule as Rule
     from attnfx.report import Report as Report
@@ -19,13 +21,15 @@ _HOME = {
     "compile": "attnfx.api",
     "explain": "attnfx.api",
     "verify": "attnfx.api",
+    "export": "attnfx.exporting",
+    "rewritten": "attnfx.exporting",
     "Policy": "attnfx.policy",
     "Rule": "attnfx.policy",
     "Report": "attnfx.report",
 }
 _MODULES = ("errors", "variants")
 
-__all__ = ["Policy", "Report", "Rule", "__version__", "compile", "errors", "explain", "variants", "verify"]
+__all__ = ["Policy", "Report", "Rule", "__version__", "compile", "errors", "explain", "export", "rewritten", "variants", "verify"]
 
 
 def __getattr__(name: str) -> Any:

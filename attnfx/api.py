@@ -24,7 +24,7 @@ def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, full
     given = {**options, "policy": policy} if policy is not None else options
     parsed = Options.parse(None, given)
     compiled = torch.compile(model, backend=backend.attnfx, dynamic=dynamic, fullgraph=fullgraph, options=given)
-    return compiled if parsed.strict_sites is None else counting.checked(compiled, given)
+    return compiled if parsed.strict_sites is None else counting.checked(compiled, parsed.strict_sites, given)
 
 
 def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = None, **kwargs: Any) -> Report:
@@ -85,7 +85,8 @@ class Verification:
 def verify(model: Any, *args: Any, policy: Any = None, **kwargs: Any) -> Verification:
     """The model with its attentions rewritten against its own, in numbers: each output end to end, and each site by itself.
 
-    A site whose exact rewrite differs beyond the bound (:data:`attnfx.measure.TOLERANCE` times the epsilon of its dtype) is put back with an
+    A site whose exact rewrite differs beyond the bound (:data:`attnfx.measure.TOLERANCE` times the epsilon of its dtype) is put
+    back with an
     AttnfxWarning and listed in ``report.missed``. Runs the model four times, without gradients.
     """
     options = Options.parse(None, {"policy": policy, "inner": "eager", "verify": True})

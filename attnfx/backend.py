@@ -24,10 +24,11 @@ from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
+from attnfx.patterns.near import NearMiss
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
-from attnfx.subgraphs import drop_unread, regions, sink_masks
+from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
 
 #: Where reports of compiles go while somebody is listening.
 listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfx_listeners", default=())
@@ -50,9 +51,9 @@ def attnfx(
     rewritten, report = rewrite(gm, parsed, example_inputs)
     for listen in listeners.get():
         listen(report)
-    tally = None if parsed.strict_sites is None else counting.count(parsed.strict_sites, report, gm, options)
-    compiled = compile_inner(rewritten, gm, example_inputs, parsed)
-    return compiled if tally is None else tally.watched(compiled)
+    if parsed.strict_sites is not None:
+        counting.count(parsed.strict_sites, report, gm, options)
+    return compile_inner(rewritten, gm, example_inputs, parsed)
 
 
 def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) -> tuple[fx.GraphModule, Report]:
@@ -84,7 +85,8 @@ class _Rewritten:
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], prefix: str) -> _Rewritten:
-    """``gm`` and the graphs inside it rewritten. ``refused``: sites by name that stay, and why; ``prefix``: of the names in ``gm``."""
+    """``gm`` and the graphs inside it rewritten. ``refused``: sites by name that stay, and why; ``prefix``: of the names
+    in ``gm``."""
     work = fx.GraphModule(gm, _copied(gm.graph))
     mirror = capture(work)
     if expand_composites(work, mirror):
@@ -113,7 +115,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
     probe = measuring.probe(work, pairs if options.verify else ())
     ours = set()
     for region in regions(work):
-        inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.")
+        with autocast_at(region.node):
+            inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.")
         setattr(work, region.name, inner.gm)
         if inner.gm is not getattr(gm, region.name, None):
             ours.add(region.name)
@@ -233,7 +236,7 @@ def _source(decision: Decision) -> str | None:
     return codegen.source(decision.kernel)
 
 
-def _missed(mirror: Mirror, miss: patterns.NearMiss) -> Missed:
+def _missed(mirror: Mirror, miss: NearMiss) -> Missed:
     origin = origin_of(mirror, miss.node)
     return Missed(origin.module, miss.reason, miss.node.name, origin.source)
 

@@ -101,7 +101,8 @@ class Mirror:
                 followed = bool(node.args[0])
             reached = any(n in self._differentiable for n in node.all_input_nodes) and not _made_anew(node)
             dynamo = self.dynamo_of.get(node)
-            example = example_of(dynamo) if dynamo is not None else None
+            # an exported graph's "val" requires no gradient
+            example = dynamo.meta.get("example_value") if dynamo is not None else None
             wanted = example.requires_grad if isinstance(example, torch.Tensor) else reached and _differentiable(node)
             wanted = wanted or node in self.seeds
             apart = not followed and node.op != "placeholder"  # Dynamo's views made under no_grad claim a gradient that they lack
@@ -254,9 +255,10 @@ class Tracer(fx.Interpreter):
         self.calls: dict[fx.Node, tuple[Any, ...]] = {}
         self.lost = False
         self.placeholders = gm.graph.find_nodes(op="placeholder")
+        self.owned = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}  # of an exported graph; Dynamo makes them inputs
 
     def run_fake(self, *inputs: Any) -> Any:
-        # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
+        # Constants of the graph (get_attr) are converted by the mode as they are met.
         with self.world.mode:
             self.run(*inputs)
         return ()
@@ -298,6 +300,9 @@ class Tracer(fx.Interpreter):
     def value_of(self, n: fx.Node) -> Any:
         self.lost = self.lost and batched.inside()
         why = self.not_traceable(n)
+        if n.op == "get_attr" and n.target in self.owned:
+            n.meta["example_value"] = self.owned[str(n.target)]
+            return self.stand_in(n)
         if n.target in _AUTOCAST:
             return self.autocast(n)
         if why is None:

@@ -34,7 +34,8 @@ class Objection(AttnfxError):
 
 
 class VerificationError(AttnfxError):
-    """With ``strict``: the rewrite of an attention, or a whole graph, gave something else than the original; the message has the numbers."""
+    """With ``strict``: the rewrite of an attention, or a whole graph, gave something else than the original; the message
+    has the numbers."""
 
 
 class SiteCountError(AttnfxError):

@@ -1,6 +1,7 @@
 """Export: a model as an ExportedProgram in which every attention is one operator.
 
-The model is exported as torch does it, the exported graph is rewritten, and the rewritten graph is exported again, so that the program is
+The model is exported as torch does it, the exported graph is rewritten, and the rewritten graph is exported again, so that the
+program is
 one that torch made: verified, with ranges and signatures of its own, ready for `torch.export.save`. Whoever loads it imports
 `attnfx.lowering.vendor` first, which registers the operators; nothing else of attnfx is needed to run it.
 """
@@ -24,7 +25,8 @@ def rewritten(
 ) -> fx.GraphModule:
     """``model`` as a GraphModule with its attentions replaced; called like the model, with parameters that are the model's own.
 
-    ``args``, ``kwargs`` and ``dynamic_shapes`` are those of torch.export.export; ``options`` those of :class:`attnfx.options.Options`.
+    ``args``, ``kwargs`` and ``dynamic_shapes`` are those of torch.export.export; ``options`` those of
+    :class:`attnfx.options.Options`.
     Raises what torch.export raises for a model that it cannot take, and what the options ask for.
     """
     parsed = Options.parse(None, {"inner": "eager", **options})

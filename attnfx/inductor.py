@@ -4,7 +4,8 @@ Inductor matches attention by the form of its ATen graph and takes a softmax ove
 exchanged, a mask that leaves a row without keys, or a scale that is a tensor for plain attention (pytorch#196468, #195320,
 `torch/_inductor/fx_passes/fuse_attention.py`). A site that attnfx refuses for such a reason would be fused behind its back.
 
-The pass cannot be switched off by itself. Each of its patterns holds a softmax taken apart, whose exponentials are read by one sum and
+The pass cannot be switched off by itself. Each of its patterns holds a softmax taken apart, whose exponentials are read by one
+sum and
 one division and by nothing in between. So a pass that runs before it sets an identity there, and one that runs after it takes
 the identity away again. Both belong to this compile alone and have a uuid, so that Inductor's caches tell its graphs from others.
 """
@@ -26,13 +27,19 @@ _MADE = "attnfx_barrier"
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], mode: str) -> Callable[..., Any]:
     """``gm`` compiled by Inductor in ``mode``; every attention in it stays as it is written."""
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = dict(list_mode_options(mode)) if mode != "default" else {}
-    patches["joint_custom_pre_pass"] = Passes(_listed(config.joint_custom_pre_pass), Guard())
-    patches["joint_custom_post_pass"] = Passes(Release(), _listed(config.joint_custom_post_pass))
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches(mode)))
+
+
+def patches(mode: str = "default") -> dict[str, Any]:
+    """What a compile in ``mode`` changes of Inductor's configuration, for itself."""
+    from torch._inductor import list_mode_options
+
+    changed: dict[str, Any] = dict(list_mode_options(mode)) if mode != "default" else {}
+    changed["joint_custom_pre_pass"] = Passes(_listed(config.joint_custom_pre_pass), Guard())
+    changed["joint_custom_post_pass"] = Passes(Release(), _listed(config.joint_custom_post_pass))
+    return changed
 
 
 class Guard(CustomGraphPass):

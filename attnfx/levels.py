@@ -1,6 +1,7 @@
 """Where a Dynamo graph is inside a transform of torch.func: what may be looked into there, and what is left to torch.
 
-A transform that is written inside a compiled function appears as nodes that push a level on functorch's stack and take it off again.
+A transform that is written inside a compiled function appears as nodes that push a level on functorch's stack and take it off
+again.
 Under `vmap` alone the nodes between mean what they mean for one example. Under `grad`, `vjp` and `jvp` the values are wrapped in
 derivatives, which no operator of ours follows beyond the first: such a span is not run while a graph is looked at, and stays.
 """

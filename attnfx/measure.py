@@ -25,7 +25,8 @@ TOLERANCE = 64.0
 class Measured:
     """What the replacement of one attention gave beside the original on the same operands, by relative L2 norms.
 
-    ``error``: ``|new - old| / |old|`` over the finite elements; infinite where NaNs or infinities are in different places. ``bound``: what an
+    ``error``: ``|new - old| / |old|`` over the finite elements; infinite where NaNs or infinities are in different places.
+    ``bound``: what an
     exact rewrite may differ by, or None where nothing is demanded: the policy asked for something else. ``note``: why nothing was
     measured (``error`` is NaN then).
     """
@@ -122,7 +123,7 @@ def copied(inputs: Sequence[Any]) -> list[Any]:
         if type(plain) is not Tensor or plain.layout != torch.strided:
             return plain.clone()
         known = plain.untyped_storage()
-        memory = storages.setdefault(known._cdata, known.clone())
+        memory = storages.setdefault(known._cdata, known.clone())  # type: ignore[no-untyped-call]
         return plain.new_empty(0).set_(memory, plain.storage_offset(), plain.shape, plain.stride())
 
     return [copy(t) for t in inputs]
@@ -176,7 +177,8 @@ class _Beside(fx.Interpreter):
         inside = self.probe.inside.get(str(body.target)) if isinstance(body, fx.Node) else None
         if inside is None:
             return super().run_node(n)
-        return _Beside(inside, self.found).run(*self.map_nodes_to_values(operands, n))
+        args: Any = self.map_nodes_to_values(operands, n)
+        return _Beside(inside, self.found).run(*args)
 
     def _body(self, n: fx.Node) -> tuple[Any, Any]:
         """The graph that a higher-order operator runs once, and with what; (None, ...) for any other operator."""

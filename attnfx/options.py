@@ -21,7 +21,8 @@ class Options:
     """``policy``: a Policy, rules, or the path of a policy file. ``strict``: internal errors and refusals of a variant
     raise instead of
     leaving a site as it was. ``strict_sites``: a SiteCountError unless exactly so many attentions were rewritten
-    (:mod:`attnfx.counting`). ``verify``: "first" or True, the first call runs every rewritten attention and its original side by side on the
+    (:mod:`attnfx.counting`). ``verify``: "first" or True, the first call runs every rewritten attention and its original side
+    by side on the
     real inputs, puts back what differs beyond the bound, and compares the whole graph with the original (:mod:`attnfx.measure`).
     ``inner``: what compiles the rewritten graph, "inductor" or another backend's name or callable. ``mode``: Inductor's mode.
     ``tune``: "off", kernels run in their default configurations.

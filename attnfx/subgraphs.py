@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ _CALLS = ("tag_activation_checkpoint", "wrap")
 _OPENED = (*_CALLS, "cond", "while_loop", "invoke_subgraph")
 #: What a mask is made of: operations of values alone, cheap to do twice.
 _FORMULA = frozenset((
-    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "tril", "triu", "getitem", "view", "reshape", "expand",
+    "arange", "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "tril", "triu", "getitem", "view", "reshape",
+    "expand",
     "expand_as", "unsqueeze", "squeeze", "transpose", "permute", "t", "to", "bool", "int", "long", "float", "type_as", "type",
     "add", "sub", "rsub", "mul", "neg", "abs", "where", "masked_fill", "logical_and", "logical_or", "logical_not", "bitwise_and",
     "bitwise_or", "bitwise_not", "invert", "and_", "or_", "not_", "inv", "eq", "ne", "lt", "le", "gt", "ge", "__and__", "__or__",
@@ -57,13 +59,31 @@ def regions(gm: fx.GraphModule) -> Iterator[Region]:
                 yield Region(node, str(attribute.target), module)
 
 
+@contextmanager
+def autocast_at(node: fx.Node) -> Iterator[None]:
+    """The autocast regions that ``node`` is in, entered."""
+    entered: list[fx.Node] = []
+    for before in node.graph.nodes:
+        if before is node:
+            break
+        if before.target is torch.amp.autocast_mode._enter_autocast:
+            entered.append(before)
+        elif before.target is torch.amp.autocast_mode._exit_autocast and before.args[0] in entered:
+            entered.remove(before.args[0])
+    with ExitStack() as stack:
+        for region in entered:
+            stack.enter_context(torch.amp.autocast_mode.autocast(*region.args, **region.kwargs))  # type: ignore[arg-type]
+        yield
+
+
 def is_call(node: fx.Node) -> bool:
     """Whether ``node`` runs its first argument once, with the rest of its arguments, and returns what that returns."""
     return _is(node, _CALLS)
 
 
 def sink_masks(gm: fx.GraphModule, mirror: Mirror) -> bool:
-    """Compute again inside each region of ``gm`` what it is given of masks; whether anything changed (the mirror is then out of date).
+    """Compute again inside each region of ``gm`` what it is given of masks; whether anything changed (the mirror is then out of
+    date).
 
     Replaces the regions' modules by copies.
     """
@@ -157,11 +177,11 @@ def _sink(gm: fx.GraphModule, region: Region, operand: fx.Node, formula: list[fx
 
 
 def _shared(gm: fx.GraphModule, name: str) -> bool:
-    return sum(n.op == "get_attr" and n.target == name for n in gm.graph.nodes) > 1
+    return len([n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]) > 1
 
 
 def _is(node: fx.Node, names: tuple[str, ...]) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in names
+    return bool(isinstance(node.target, torch._ops.HigherOrderOperator)) and str(node.target) in names
 
 
 def _named(node: fx.Node) -> str:

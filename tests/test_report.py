@@ -155,3 +155,15 @@ def _unclosed(page: str) -> list[str]:
 
     Parser().feed(page)
     return opened
+
+
+def test_repeated_layers_are_one_near_miss_with_its_line() -> None:
+    missed = [
+        Missed(f"blocks.{n}", f"its probabilities are also used by sum_{n + 1}", "softmax", "model.py:7: return p")
+        for n in range(3)
+    ]
+    text = str(Report((), tuple(missed)))
+    assert "blocks.[0-2] ×3: its probabilities are also used by sum_1\n    at model.py:7: return p" in text
+    assert text.count("also used by") == text.count("model.py:7") == 1
+    long = str(Report((), (Missed("b", "why", "n", "m.py:1: " + "x" * 200),)))
+    assert max(map(len, long.splitlines())) <= 100

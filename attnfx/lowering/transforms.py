@@ -1,6 +1,7 @@
 """What torch.func and higher derivatives make of the operators: vmap as more of the batch, second derivatives as plain torch.
 
-`vmap` of an attention whose formula does not name the batch is an attention of a larger batch, one call. Any other is called once for each
+`vmap` of an attention whose formula does not name the batch is an attention of a larger batch, one call. Any other is called
+once for each
 example. The gradient's own gradient (`create_graph=True`) is that of the formula in plain torch operations, which forms tensors of
 S x S elements, as the model's own second derivative does. Forward mode and functorch's own `grad` never meet the operators: such
 a graph stays as it was (:mod:`attnfx.levels`).
@@ -52,7 +53,7 @@ def _folded(operator: Any, examples: int, in_dims: Sequence[Any], args: Sequence
 
 def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Saves what :func:`second_derivative` needs of a call of ``attnfx::flash_backward``."""
-    q, k, v, loads, sizes, seed, plan, *_, grad_out, grad_lse = inputs
+    q, k, v, loads, sizes, _, plan, *_, grad_out, grad_lse = inputs
     ctx.loads, ctx.sizes, ctx.plan, ctx.with_lse = len(loads), list(sizes), plan, grad_lse is not None
     ctx.save_for_backward(q, k, v, *loads, grad_out)
 
@@ -88,8 +89,8 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 def _plain(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     values = plan.values(sizes, k.shape[2], loads)
-    wide = [t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v)]
-    return plain_attention(plan.site, *wide, loads, [values[s] for s in plan.site.symbols])
+    q, k, v = (t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v))
+    return plain_attention(plan.site, q, k, v, loads, [values[s] for s in plan.site.symbols])
 
 
 def _grad(followed: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor], again: bool) -> tuple[Tensor | None, ...]:

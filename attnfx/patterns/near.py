@@ -15,7 +15,8 @@ from attnfx.patterns.matcher import Match
 class NearMiss:
     """Something that looked like attention and was refused.
 
-    ``node``: its normaliser. ``read``: whether a pattern had all the parts of an attention together, so that the matcher refused it.
+    ``node``: its normaliser. ``read``: whether a pattern had all the parts of an attention together, so that the matcher
+    refused it.
     """
 
     node: fx.Node

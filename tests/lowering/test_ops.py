@@ -167,12 +167,38 @@ def test_vmap(in_dims: tuple[Any, ...]) -> None:
         torch.testing.assert_close(got[n], one(*(t if d is None else t.select(d, n) for t, d in zip(mapped, in_dims, strict=True))))
 
 
-def test_a_second_derivative_is_an_error_that_says_so() -> None:
-    s = site()
+def test_second_derivatives_are_those_of_the_formula() -> None:
+    s = site(alibi(), causal(), side=(side(HEADS),))
+    slopes = torch.rand(HEADS)
+    q, k, v = (t.double().requires_grad_() for t in inputs(s, torch.float32))
+    got, want = (
+        torch.autograd.grad(
+            sum(g.square().sum() for g in torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)), (q, k, v)
+        )
+        for out in (attention(s.replace(dtype=torch.float64), q, k, v, (slopes,)), s.reference(q, k, v, slopes))
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_second_derivative_with_dropout_is_an_error_that_says_so() -> None:
+    s = site(dropout=0.5)
     q, k, v = inputs(s, torch.float32)
     (grad,) = torch.autograd.grad(attention(s, q, k, v, ()).sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiable once"):
+    with pytest.raises(NotImplementedError, match="not of one with dropout"):
         torch.autograd.grad(grad.sum(), k)
+
+
+def test_vmap_folds_examples_into_the_batch() -> None:
+    s = site(alibi(), causal(), side=(side(HEADS),))
+    q, k, v = inputs(s, torch.float32)
+    slopes, text = torch.randn(HEADS), text_of(s)
+
+    def each(q: Tensor) -> Tensor:
+        return torch.vmap(lambda q: torch.ops.attnfx.attention(q, k, v, [slopes], [], text))(q)
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(each)(torch.stack([q, q + 1, q * 2]))
+    assert sum(n.target is torch.ops.attnfx.flash.default for n in graph.graph.nodes) == 1
 
 
 def test_a_gradient_that_was_not_planned_is_an_error() -> None:
