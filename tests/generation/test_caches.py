@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from generation.caches import HEAD_DIM, KEY_HEADS, WIDTH, Assigned, Attention, Concatenated, Indexed, Windowed, decode, made
 from generation.watch import Watched, watched
 
@@ -15,8 +16,12 @@ KINDS = (Concatenated, Indexed, Assigned, Windowed)
 def test_handwritten_cache(kind: type[Attention], spelled: str) -> None:
     module = made(kind, spelled)
     expected = decode(module, module, 29, 32)
-    plain = watched(lambda backend, options: decode(module, torch.compile(module, backend=backend, options=options), 29, 32), "eager")
-    mine: Watched = watched(lambda backend, options: decode(module, torch.compile(module, backend=backend, options=options), 29, 32))
+    plain = watched(
+        lambda backend, options: decode(module, torch.compile(module, backend=backend, options=options), 29, 32), "eager"
+    )
+    mine: Watched = watched(
+        lambda backend, options: decode(module, torch.compile(module, backend=backend, options=options), 29, 32)
+    )
     torch.testing.assert_close(mine.result, expected, rtol=1e-5, atol=1e-5)
     assert mine.missed == set()
     assert mine.sites > 0
@@ -27,7 +32,7 @@ def test_handwritten_cache(kind: type[Attention], spelled: str) -> None:
 def test_one_compile_serves_all_lengths(spelled: str) -> None:
     module = made(Concatenated, spelled)
     x = torch.randn(2, 1, WIDTH, generator=torch.Generator().manual_seed(1))
-    states = {n: tuple(torch.randn(2, 2, KEY_HEADS, n, HEAD_DIM).unbind()) for n in (2, 3, 31, 96, 1000, 1, 4095)}
+    states = {n: tuple(torch.randn(2, 2, KEY_HEADS, n, HEAD_DIM).unbind()) for n in (31, 96, 1000, 3, 2, 1, 4095)}
 
     def every_length(backend: object, options: object) -> dict[int, torch.Tensor]:
         call = torch.compile(module, backend=backend, options=options, dynamic=True)
