@@ -202,7 +202,7 @@ def main() -> int:
     options = parser.parse_args()
     quick = options.quick or options.device == "cpu"
     about = machine.describe(options.device, options.commit)
-    out = options.out or RESULTS / f"{datetime.date.today()}-{machine.slug(about)}-decode{'-quick' if quick else ''}.json"
+    out = options.out or RESULTS / "decode" / f"{datetime.date.today()}-{machine.slug(about)}{'-quick' if quick else ''}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     for row in rows(quick):
