@@ -90,7 +90,7 @@ CASES = (
     Generation(llama, padded="left"),
     Generation(llama, padded="left", dynamic=True),
     Generation(llama, "eager", "static", padded="left"),
-    Generation(mistral, dynamic=True),
+    Generation(mistral),
     Generation(mistral, "eager", padded="left"),
     Generation(mistral, "sdpa", "static"),
     Generation(gpt2, padded="left"),
