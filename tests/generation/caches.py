@@ -95,7 +95,7 @@ def made(kind: type[Attention], spelled: str) -> Attention:
 
 
 def decode(module: Attention, call: Callable[..., object], prompt: int, steps: int, room: int = 64) -> Tensor:
-    """The outputs (B, prompt + steps, WIDTH) of a prefill and `steps` single tokens, by `call`, which is `module` or its compile."""
+    """The outputs (B, prompt + steps, WIDTH) of a prefill and `steps` single tokens; `call` is `module` or its compile."""
     x = torch.randn(2, prompt + steps, WIDTH, generator=torch.Generator().manual_seed(1))
     pieces = [x[:, :prompt], *x[:, prompt:].split(1, 1)]
     found, at = [], 0

@@ -32,7 +32,7 @@ def test_handwritten_cache(kind: type[Attention], spelled: str) -> None:
 def test_one_compile_serves_all_lengths(spelled: str) -> None:
     module = made(Concatenated, spelled)
     x = torch.randn(2, 1, WIDTH, generator=torch.Generator().manual_seed(1))
-    states = {n: tuple(torch.randn(2, 2, KEY_HEADS, n, HEAD_DIM).unbind()) for n in (2, 3, 31, 96, 1000, 1, 4095)}
+    states = {n: tuple(torch.randn(2, 2, KEY_HEADS, n, HEAD_DIM).unbind()) for n in (31, 96, 1000, 3, 2, 1, 4095)}
 
     def every_length(backend: object, options: object) -> dict[int, torch.Tensor]:
         call = torch.compile(module, backend=backend, options=options, dynamic=True)

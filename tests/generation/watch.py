@@ -18,7 +18,7 @@ OURS = (backend.attnfx, {"inner": "eager", "strict": True})
 
 @dataclass(frozen=True)
 class Watched:
-    """What a run returned, how many graphs Dynamo compiled for it, the attentions rewritten, and the reasons of those that were not."""
+    """What a run returned, how many graphs Dynamo compiled, the attentions rewritten, and why others were not."""
 
     result: Any
     compiles: int
