@@ -7,7 +7,7 @@ call of torch that Dynamo would put in its graph, so the eager run that a compar
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,17 +16,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
-def record(function: Callable[..., Any], inputs: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
-    """The graph of ``function(*inputs)`` with ``example_value`` on every node as Dynamo leaves it, and the result of the run.
+def record(function: Callable[..., Any], inputs: Mapping[str, Any]) -> tuple[fx.GraphModule, Any]:
+    """The graph of ``function(**inputs)`` with ``example_value`` on every node as Dynamo leaves it, and the result of the run.
 
     For code whose control flow does not depend on tensors. Sizes are numbers: a graph with size symbols needs Dynamo.
     Example values are the tensors of the run itself. Raises TypeError where a result is computed by something unseen.
     """
     recorder = _Recorder()
-    for number, value in enumerate(inputs):
-        recorder.keep(recorder.graph.placeholder(f"l_{number}"), value)
+    for name, value in inputs.items():
+        recorder.keep(recorder.graph.placeholder(f"l_{name}_"), value)
     with recorder:
-        result = function(*inputs)
+        result = function(**inputs)
     recorder.graph.output(tuple(pytree.tree_leaves(recorder.nodes_of(result))))
     recorder.graph.eliminate_dead_code(is_impure_node=_impure)
     return fx.GraphModule(torch.nn.Module(), recorder.graph), result
