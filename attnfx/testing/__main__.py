@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--dynamo-every", type=int, default=10, metavar="N",
         help="one program of N goes through torch.compile, the others through a recorded graph, which is faster; 0: none (default 10)",
     )  # fmt: skip
-    parser.add_argument("--failures", type=Path, default=Path("attention_failures"), metavar="DIR", help="where failures are written")
+    parser.add_argument(
+        "--failures", type=Path, default=Path("attention_failures"), metavar="DIR", help="where failures are written"
+    )
     given = parser.parse_args(arguments)
     start = time.perf_counter()
 
@@ -67,7 +69,9 @@ def summary(tally: Tally) -> str:
     if tally.seen["exact"]:
         lines += [f"exact attentions: {tally.seen['exact']}, matched {tally.share('exact'):.1%}", "", "matched, by what they hold"]
         names = sorted(name for name in tally.seen if ": " in name and not name.startswith("mutation"))
-        lines += [f"  {tally.share(name):7.1%} of {tally.seen[name]:<6} {name}" for name in [*names, "in place"] if tally.seen[name]]
+        lines += [
+            f"  {tally.share(name):7.1%} of {tally.seen[name]:<6} {name}" for name in [*names, "in place"] if tally.seen[name]
+        ]
         lines += ["", "left as they were, by reason"]
         lines += [f"  {count:6} {reason}" for reason, count in tally.reasons.most_common()]
     if tally.seen["mutated"]:

@@ -13,11 +13,11 @@ from multiprocessing import get_context
 
 import torch
 
-from attnfx.testing.check import Verdict, check
+from attnfx.testing.judge import Verdict, check
 from attnfx.testing.choices import seeded_program
 from attnfx.testing.mutations import MUTATIONS
-from attnfx.testing.programs import Mask, Program, Unspellable
-from attnfx.testing.shrink import shrink
+from attnfx.testing.program import Mask, Program, Unspellable
+from attnfx.testing.smaller import shrink
 from attnfx.testing.spelling import source
 
 CHUNK = 50
@@ -108,7 +108,7 @@ def properties(program: Program) -> Iterator[str]:
     yield "exact"
     yield f"scores: {program.scores.how}"
     yield f"dtype: {program.dtype}"
-    if program.scores.how != "sdpa":
+    if program.scores.how not in ("sdpa", "mha"):
         yield f"values: {program.output.how}"
         yield f"softmax: {program.softmax.how}"
         yield f"scale: {program.scores.scale.where}"
@@ -146,7 +146,9 @@ def _fails_alike(how: Callable[[Program], Verdict], kind: str, program: Program)
         found = how(program).failure
     except Unspellable:
         return False
-    return bool(found) and (kind_of(found).split(":")[0] == kind or not kind.startswith(("crash", "the program")) and "off by" in found)
+    return bool(found) and (
+        kind_of(found).split(":")[0] == kind or not kind.startswith(("crash", "the program")) and "off by" in found
+    )
 
 
 def runnable(program: Program, title: str = "") -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from attnfx.testing.mutations import fitting
-from attnfx.testing.programs import Bias, Mask, Output, Program, Scale, Scores, Sizes, Softmax, Storage
+from attnfx.testing.program import Bias, Mask, Output, Program, Scale, Scores, Sizes, Softmax, Storage
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -66,16 +66,18 @@ def seeded_program(seed: int | str, *, mutated: bool = False) -> Program:
 
 def choose_program(c: Choose, *, mutated: bool = False) -> Program:
     """One program: an exact attention, or one that a mutation breaks."""
+    if not mutated and c.number(0, 29) == 29:
+        return _multi_head(c)
     program = _plain(c, mutated)
     return program.replace(mutation=c.pick(fitting(program))) if mutated else program
-
-
 
 
 def _plain(c: Choose, mutated: bool) -> Program:
     dtype = c.pick(("float32",) * 9 + ("float64", "float16", "bfloat16"))
     sizes = _sizes(c, square=mutated and c.pick((True, False, False)))
-    how = c.pick(("matmul",) * 4 + ("einsum",) * 3 + ("bmm", "bmm", "baddbmm", "baddbmm", "mulsum") + (() if mutated else ("sdpa",) * 4))
+    how = c.pick(
+        ("matmul",) * 4 + ("einsum",) * 3 + ("bmm", "bmm", "baddbmm", "baddbmm", "mulsum") + (() if mutated else ("sdpa",) * 4)
+    )
     storage = _storage(c, sizes)
     if storage.packed != "no":
         sizes = dataclasses.replace(sizes, group=1, windows=0, keys=sizes.queries, value_width=sizes.width)
@@ -110,6 +112,16 @@ def _plain(c: Choose, mutated: bool) -> Program:
         seed=c.number(0, 1000),
     )  # fmt: skip
     return program
+
+
+def _multi_head(c: Choose) -> Program:
+    """A call of multi_head_attention_forward, with what masks it takes."""
+    kinds = c.pick(((), ("causal",), ("lengths",), ("triu", "lengths"), ("bias",), ("window",)))
+    hows = ("masked_fill", "add") if kinds and kinds[-1] != "lengths" else ("masked_fill",)
+    terms = tuple(Bias("data", "i j", c.pick((True, False))) if kind == "bias" else Mask(kind, c.pick(hows)) for kind in kinds)
+    sizes = dataclasses.replace(_sizes(c, square=False), windows=0, group=1)
+    return Program(sizes=sizes, dtype=c.pick(("float32", "float32", "float64", "bfloat16")), scores=Scores(how="mha"), terms=terms,
+                   style=c.number(0, 10**6), seed=c.number(0, 1000))  # fmt: skip
 
 
 def _sizes(c: Choose, square: bool) -> Sizes:
@@ -179,6 +191,21 @@ def _term(c: Choose, dtype: str) -> Bias | Mask:
         fill = c.pick(fills[1:] if how == "multiply" else fills)
         letters = c.pick(("i j", "b j", "b h i j", "b i j", "h i j", "j")) if kind == "data" else "i j"
         return Mask(kind, how, fill, letters, empty=c.pick((False,) * 5 + (True,)))
-    kind = c.pick(("data", "data", "data", "table", "embedding", "sliced", "alibi", "alibi_columns", "alibi_absolute", "t5", "distance", "constant"))
+    kind = c.pick(
+        (
+            "data",
+            "data",
+            "data",
+            "table",
+            "embedding",
+            "sliced",
+            "alibi",
+            "alibi_columns",
+            "alibi_absolute",
+            "t5",
+            "distance",
+            "constant",
+        )
+    )
     letters = c.pick(("i j", "h i j", "b h i j", "b j", "j", "b i j", "h j", "i", "b h i")) if kind == "data" else "i j"
     return Bias(kind, letters, c.pick((True, True, False)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnfx.testing.programs import Program, Sizes, Unspellable
+from attnfx.testing.program import Program, Sizes, Unspellable
 from attnfx.testing.writer import Axes, Var, Writer
 
 Change = Callable[[Writer, Var], str]
@@ -59,7 +59,9 @@ def _mixed(w: Writer, x: Var) -> str:
     at, n = x.axis("g"), w.number("g")
     mix = w.input("mix", (), f"torch.randn({n}, {n}).to(dtype).requires_grad_()")
     letters = "abcdefgh"[: len(x.axes)]
-    return f'torch.einsum("{letters}, {letters[at]}z -> {letters.replace(letters[at], "z")}", {x.name}, {mix.name})'
+    return (
+        f'torch.einsum("{letters}, {letters[at]}z -> {letters.replace(letters[at], "z")}", {x.name}, {mix.name}.to({x.name}.dtype))'
+    )
 
 
 def _slice_keys(w: Writer, x: Var) -> str:
@@ -173,14 +175,14 @@ def softmax_letter(w: Writer) -> str:
     return str(mutation.change)
 
 
-def values(w: Writer, weights: Var, v: Var, cast: Var) -> Var | None:
+def values(w: Writer, weights: Var, v: Var) -> Var | None:
     """The contraction with the values where the program's mutation is a wrong one."""
     mutation = MUTATIONS.get(w.program.mutation)
     if mutation is None or mutation.place != "values":
         return None
     if not mutation.fits(w.program.sizes):
         raise Unspellable(w.program.mutation)
-    p, v = w.unfolded(cast), w.unfolded(v)
+    p, v = w.unfolded(weights), w.unfolded(v)
     batch = [(letter,) for letter in w.program.batch]
     if mutation.change == "queries":  # sum_j p_ij v_i
         v = Var(v.name, tuple(("i",) if axis == ("j",) else axis for axis in v.axes))

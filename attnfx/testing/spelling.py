@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attnfx.testing import mutations
-from attnfx.testing.programs import Bias, Mask, Program, Unspellable
+from attnfx.testing.composite import multi_head
+from attnfx.testing.program import Bias, Mask, Program, Unspellable
 from attnfx.testing.terms import add_term, bias, kept, penalty
 from attnfx.testing.writer import Axes, Var, Writer, layout
 
@@ -35,6 +36,8 @@ def source(program: Program) -> Source:
 
 
 def _body(w: Writer, p: Program) -> list[str]:
+    if p.scores.how == "mha":
+        return multi_head(w)
     q, k, v = _operands(w)
     if p.scores.how == "sdpa":
         out, extra = _sdpa(w, q, k, v), [k.name, v.name]
@@ -44,7 +47,8 @@ def _body(w: Writer, p: Program) -> list[str]:
         s = _logits(w, s)
         s = mutations.apply(w, "logits", s)
         weights = mutations.apply(w, "weights", _softmax(w, s))
-        out = mutations.values(w, weights, v, _cast(w, weights, v)) or _values(w, weights, v)
+        narrow = _cast(w, weights, v)
+        out = mutations.values(w, narrow, v) or _values(w, narrow, v)
         extra = {"cache": [k.name, v.name], "scores": [s.name], "weights": [weights.name], "sums": [f"{s.name}.sum(-1)"]}.get(
             next(iter(p.output.extra), ""), []
         )
@@ -280,7 +284,14 @@ def _softmax(w: Writer, s: Var) -> Var:
                 "module": "torch.nn.Softmax(dim={a})({x})", "log": "{x}.log_softmax({a}{t}).exp()"}[how].format(x=x, a=axis, t=typed)  # fmt: skip
     weights = w.var("p", text, s.axes)
     if w.program.softmax.dropout:
-        weights = w.var("p", w.pick(f"F.dropout({weights.name}, 0.1, training=False)", f"torch.nn.functional.dropout({weights.name}, p=0.1, training=False)"), s.axes)
+        weights = w.var(
+            "p",
+            w.pick(
+                f"F.dropout({weights.name}, 0.1, training=False)",
+                f"torch.nn.functional.dropout({weights.name}, p=0.1, training=False)",
+            ),
+            s.axes,
+        )
     return weights
 
 
@@ -296,7 +307,6 @@ def _values(w: Writer, weights: Var, v: Var) -> Var:
     how, lead = p.output.how, _lead(p, p.output.lead)
     if how == "bmm":
         lead = (tuple(letter for axis in lead for letter in axis),)
-    weights = _cast(w, weights, v)
     v, value_lead = _repeated(w, v, lead)
     if how == "einsum":
         a = w.arrange(weights, _kept_order(weights, (*lead, ("i",), ("j",))), "p")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attnfx.testing.programs import Bias, Mask, Unspellable
+from attnfx.testing.program import Bias, Mask, Unspellable
 from attnfx.testing.writer import Var, Writer, layout
 
 FILLS = {"-inf": 'float("-inf")', "min": "torch.finfo({s}.dtype).min", "-1e9": "-1e9", "-1e4": "-1e4"}
@@ -73,12 +73,18 @@ def bias(w: Writer, term: Bias) -> Var:
 
 
 def rows(w: Writer, offset: str = "") -> str:
-    name = w.let("i", w.pick("torch.arange({})[:, None]", "torch.arange({}).unsqueeze(1)", "torch.arange({}).view(-1, 1)").format(w.size("i")))
+    name = w.let(
+        "i",
+        w.pick("torch.arange({})[:, None]", "torch.arange({}).unsqueeze(1)", "torch.arange({}).view(-1, 1)").format(w.size("i")),
+    )
     return w.let("i", f"{name} + {offset}") if offset else name
 
 
 def columns(w: Writer) -> str:
-    return w.let("j", w.pick("torch.arange({})[None, :]", "torch.arange({}).unsqueeze(0)", "torch.arange({}).view(1, -1)").format(w.size("j")))
+    return w.let(
+        "j",
+        w.pick("torch.arange({})[None, :]", "torch.arange({}).unsqueeze(0)", "torch.arange({}).view(1, -1)").format(w.size("j")),
+    )
 
 
 # Masks: each gives the keys that are kept -------------------------------------------------------------------------------------------
@@ -168,12 +174,16 @@ def _distances(w: Writer) -> str:
 
 
 def _table(w: Writer, term: Bias) -> Var:
-    table = w.input("table", (), f"torch.randn({w.number(w.program.heads)}, {w.number('i') + w.number('j') - 1}).to(dtype).requires_grad_()")
+    table = w.input(
+        "table", (), f"torch.randn({w.number(w.program.heads)}, {w.number('i') + w.number('j') - 1}).to(dtype).requires_grad_()"
+    )
     return w.var("bias", f"{table.name}[:, {_distances(w)}]", layout("h i j", w.program.heads))
 
 
 def _embedding(w: Writer, term: Bias) -> Var:
-    table = w.input("table", (), f"torch.randn({w.number('i') + w.number('j') - 1}, {w.number(w.program.heads)}).to(dtype).requires_grad_()")
+    table = w.input(
+        "table", (), f"torch.randn({w.number('i') + w.number('j') - 1}, {w.number(w.program.heads)}).to(dtype).requires_grad_()"
+    )
     at = _distances(w)
     return w.var("bias", w.pick(f"F.embedding({at}, {table.name})", f"{table.name}[{at}]"), layout("i j h", w.program.heads))
 

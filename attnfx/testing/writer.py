@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from attnfx.testing.programs import Program
+from attnfx.testing.program import Program
 
 Axes = tuple[tuple[str, ...], ...]
 

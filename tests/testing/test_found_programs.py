@@ -55,6 +55,14 @@ def view_after_an_index(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
     return o[0].view(15, 4) * 1, o.mT.movedim(-1, -2).view(6, 20) * 1
 
 
+@found
+def fill_in_place_under_a_band(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
+    """Rows that see nothing but the fill: their sum is lost in a log-sum-exp of -1e9."""
+    i = torch.arange(5)
+    s = (q @ k.transpose(-1, -2)).masked_fill(i > 1, -1e9)
+    return (s + torch.zeros(5, 5).masked_fill((i[:, None] - i).abs() > 1, float("-inf"))).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("f", FOUND)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_same_as_eager(f: Callable[..., Any], inner: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from attnfx.testing.programs import Bias, Mask, Program, Unspellable
+from attnfx.testing.program import Bias, Mask, Program, Unspellable
 from attnfx.testing.spelling import source
 
 
