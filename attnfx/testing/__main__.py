@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1); give one a core")
     parser.add_argument(
         "--dynamo-every", type=int, default=10, metavar="N",
-        help="one program of N goes through torch.compile, the others through a recorded graph, which is faster; 0: none (default 10)",
+        help="one program of N goes through torch.compile, the others through a recorded graph, faster; 0: none (default 10)",
     )  # fmt: skip
     parser.add_argument(
         "--failures", type=Path, default=Path("attention_failures"), metavar="DIR", help="where failures are written"

@@ -13,8 +13,8 @@ from multiprocessing import get_context
 
 import torch
 
-from attnfx.testing.judge import Verdict, check
 from attnfx.testing.choices import seeded_program
+from attnfx.testing.judge import Verdict, check
 from attnfx.testing.mutations import MUTATIONS
 from attnfx.testing.program import Mask, Program, Unspellable
 from attnfx.testing.smaller import shrink
@@ -87,7 +87,7 @@ def examine(seed: int, numbers: range, *, dynamo_every: int = 10, minimize: bool
 
 
 def _dynamic(program: Program, number: int, every: int) -> bool | None:
-    return True if every and program.shapes and number // every % 2 else False
+    return bool(every and program.shapes and number // every % 2)
 
 
 def _count(tally: Tally, program: Program, verdict: Verdict) -> None:
@@ -114,8 +114,7 @@ def properties(program: Program) -> Iterator[str]:
         yield f"scale: {program.scores.scale.where}"
     for term in {(type(t).__name__.lower(), t.kind) for t in program.terms}:
         yield ": ".join(term)
-    for how in {f"fill: {t.how} {t.fill}" for t in program.terms if isinstance(t, Mask)}:
-        yield how
+    yield from {f"fill: {t.how} {t.fill}" for t in program.terms if isinstance(t, Mask)}
     yield f"terms: {len(program.terms)}"
     for extra in program.output.extra:
         yield f"also returned: {extra}"
@@ -147,7 +146,7 @@ def _fails_alike(how: Callable[[Program], Verdict], kind: str, program: Program)
     except Unspellable:
         return False
     return bool(found) and (
-        kind_of(found).split(":")[0] == kind or not kind.startswith(("crash", "the program")) and "off by" in found
+        kind_of(found).split(":")[0] == kind or (not kind.startswith(("crash", "the program")) and "off by" in found)
     )
 
 

@@ -100,7 +100,7 @@ def _plain(c: Choose, mutated: bool) -> Program:
         softmax=Softmax(c.pick(("method", "functional", "torch") * 3 + ("module", "exp_max", "exp", "log")),
                         upcast, c.pick((False,) * 5 + (True,))),
         output=Output(
-            how=c.pick(("matmul", "matmul", "matmul", "einsum", "einsum", "bmm", "bmm", "mulsum") if how != "mulsum" else ("mulsum", "matmul")),
+            how=c.pick(("mulsum", "matmul") if how == "mulsum" else ("matmul",) * 3 + ("einsum",) * 2 + ("bmm",) * 2 + ("mulsum",)),
             lead=_lead(c, sizes),
             tail=_tail(c, sizes),
             linear=c.pick((False,) * 4 + (True,)),

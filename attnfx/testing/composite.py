@@ -27,8 +27,8 @@ def multi_head(w: Writer) -> list[str]:
     masks = _masks(w)
     zero = w.pick("False", "False", "False", "True")
     w.line(
-        f"o, weights = F.multi_head_attention_forward({', '.join(names)}, {width}, {p.sizes.heads}, {weight}, {offset}, None, None, "
-        f"{zero}, {w.pick('0.0', '0.1')}, {out_weight}, {out_offset}, training=False, need_weights=False{masks})"
+        f"o, weights = F.multi_head_attention_forward({', '.join(names)}, {width}, {p.sizes.heads}, {weight}, {offset}, "
+        f"None, None, {zero}, {w.pick('0.0', '0.1')}, {out_weight}, {out_offset}, training=False, need_weights=False{masks})"
     )
     return ["o"]
 

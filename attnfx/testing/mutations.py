@@ -67,7 +67,8 @@ def _mixed(w: Writer, x: Var) -> str:
 def _slice_keys(w: Writer, x: Var) -> str:
     """The last key takes part in the sum of the softmax and not in the product."""
     at = x.axis("j")
-    return f"{x.name} * (torch.arange({w.size('j')}) < {w.size('j')} - 1).view({', '.join('-1' if k == at else '1' for k in range(len(x.axes)))})"
+    sizes = ", ".join("-1" if k == at else "1" for k in range(len(x.axes)))
+    return f"{x.name} * (torch.arange({w.size('j')}) < {w.size('j')} - 1).view({sizes})"
 
 
 def _wrong_bool(w: Writer, x: Var) -> str:
@@ -192,8 +193,9 @@ def values(w: Writer, weights: Var, v: Var) -> Var | None:
         out = w.einsum(p, v, (*batch, ("g",), ("j",), ("e",)), "o")
         return Var(out.name, tuple(("i",) if axis == ("j",) else axis for axis in out.axes))
     out = w.einsum(p, v, (*batch, ("i",), ("e",)), "o")
-    return w.var("o", f"{out.name}[{', '.join([':'] * len(batch))}, None].expand({', '.join(w.size(a) for a in (*batch, ('g',), ('i',), ('e',)))})",
-                 (*batch, ("g",), ("i",), ("e",)))  # fmt: skip
+    axes: Axes = (*batch, ("g",), ("i",), ("e",))
+    sizes = ", ".join(w.size(axis) for axis in axes)
+    return w.var("o", f"{out.name}[{', '.join([':'] * len(batch))}, None].expand({sizes})", axes)
 
 
 def _written(w: Writer, x: Var) -> str:

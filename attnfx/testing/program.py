@@ -77,8 +77,8 @@ class Bias:
 
 @dataclass(frozen=True)
 class Mask:
-    """``kind``: data, causal, tril, triu, bottom, window, band, prefix, lengths, documents; ``letters`` the axes of data; ``fill``: -inf,
-    min, -1e9, -1e4; ``how``: masked_fill, where, add, multiply; ``empty``: data that leaves some query without keys."""
+    """``kind``: data, causal, tril, triu, bottom, window, band, prefix, lengths, documents; ``letters`` the axes of data;
+    ``fill``: -inf, min, -1e9, -1e4; ``how``: masked_fill, where, add, multiply; ``empty``: some query may have no keys."""
 
     kind: str = "causal"
     how: str = "masked_fill"

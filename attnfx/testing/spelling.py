@@ -64,7 +64,7 @@ def _body(w: Writer, p: Program) -> list[str]:
     return [out.name, *(extra if p.output.extra else [])]
 
 
-# Operands -----------------------------------------------------------------------------------------------------------------------------
+# Operands --------------------------------------------------------------------------------
 
 _NORMAL = "torch.randn({shape}).to(dtype).requires_grad_()"
 
@@ -139,7 +139,7 @@ def _repeated(w: Writer, x: Var, lead: Axes) -> tuple[Var, Axes]:
     return w.var(x.name, f"{spread.name}.expand({', '.join(w.size(axis) for axis in axes)})", axes), lead
 
 
-# Scores -------------------------------------------------------------------------------------------------------------------------------
+# Scores --------------------------------------------------------------------------------
 
 
 def _factor(w: Writer, like: str, value: float | None = None) -> str:
@@ -153,7 +153,7 @@ def _factor(w: Writer, like: str, value: float | None = None) -> str:
 
 
 def _scores(w: Writer, q: Var, k: Var) -> Var:
-    p, scale = w.program, w.program.scores.scale
+    scale = w.program.scores.scale
     if scale.where in ("query", "both"):
         q = w.var("q", q.name + _factor(w, q.name), q.axes)
     if scale.where in ("key", "both"):
@@ -255,7 +255,7 @@ def _logits(w: Writer, s: Var) -> Var:
     return _scaled(w, s) if p.scores.scale.where == "after" else s
 
 
-# Softmax, values ----------------------------------------------------------------------------------------------------------------------
+# Softmax, values --------------------------------------------------------------------------------
 
 
 def _softmax(w: Writer, s: Var) -> Var:
@@ -274,14 +274,16 @@ def _softmax(w: Writer, s: Var) -> Var:
         typed = ", dtype=torch.float32"
     if how in ("exp", "exp_max"):
         if how == "exp_max":
-            top = w.let("top", w.pick("{x}.amax({a}, keepdim=True)", "{x}.max({a}, keepdim=True)[0]", "{x}.max(dim={a}, keepdim=True).values",
-                                      "torch.amax({x}, dim={a}, keepdim=True).detach()").format(x=x, a=axis))  # fmt: skip
+            best = w.pick("{x}.amax({a}, keepdim=True)", "{x}.max({a}, keepdim=True)[0]", "{x}.max(dim={a}, keepdim=True).values",
+                          "torch.amax({x}, dim={a}, keepdim=True).detach()")  # fmt: skip
+            top = w.let("top", best.format(x=x, a=axis))
             x = w.let("s", f"{x} - {top}")
         e = w.let("e", w.pick("{}.exp()", "torch.exp({})").format(x))
         text = w.pick("{e} / {e}.sum({a}, keepdim=True)", "{e} / torch.sum({e}, dim={a}, keepdim=True)").format(e=e, a=axis)
     else:
         text = {"method": "{x}.softmax({a}{t})", "functional": "F.softmax({x}, dim={a}{t})", "torch": "torch.softmax({x}, {a}{t})",
-                "module": "torch.nn.Softmax(dim={a})({x})", "log": "{x}.log_softmax({a}{t}).exp()"}[how].format(x=x, a=axis, t=typed)  # fmt: skip
+                "module": "torch.nn.Softmax(dim={a})({x})", "log": "{x}.log_softmax({a}{t}).exp()"}[how]  # fmt: skip
+        text = text.format(x=x, a=axis, t=typed)
     weights = w.var("p", text, s.axes)
     if w.program.softmax.dropout:
         weights = w.var(
@@ -327,7 +329,7 @@ def _values(w: Writer, weights: Var, v: Var) -> Var:
     return w.var("o", w.pick("{a} @ {b}", "torch.matmul({a}, {b})", "{a}.matmul({b})").format(a=a.name, b=b.name), axes)
 
 
-# scaled_dot_product_attention -----------------------------------------------------------------------------------------------------------
+# scaled_dot_product_attention --------------------------------------------------------------------------------
 
 
 def _sdpa(w: Writer, q: Var, k: Var, v: Var) -> Var:

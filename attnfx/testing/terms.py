@@ -87,7 +87,7 @@ def columns(w: Writer) -> str:
     )
 
 
-# Masks: each gives the keys that are kept -------------------------------------------------------------------------------------------
+# Masks: each gives the keys that are kept --------------------------------------------------------------------------------
 
 
 def _data(w: Writer, mask: Mask) -> Var:
@@ -153,7 +153,7 @@ _MASKS: dict[str, Callable[[Writer, Mask], Var]] = {
     "prefix": _prefix, "lengths": _lengths, "documents": _documents,
 }  # fmt: skip
 
-# Biases -------------------------------------------------------------------------------------------------------------------------------
+# Biases --------------------------------------------------------------------------------
 
 
 def _free(w: Writer, term: Bias) -> Var:

@@ -63,6 +63,14 @@ def fill_in_place_under_a_band(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) ->
     return (s + torch.zeros(5, 5).masked_fill((i[:, None] - i).abs() > 1, float("-inf"))).softmax(-1) @ v
 
 
+@found
+def nothing_left_of_a_low_fill(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
+    """A query without keys gives NaN, and its query a gradient of zero: the outer mask lets nothing through."""
+    i = torch.arange(5)
+    s = (q @ k.transpose(-1, -2)).masked_fill(i[None] > i[:, None], -1e4)
+    return s.masked_fill((i[:, None] == 2) | ~keep, float("-inf")).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("f", FOUND)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_same_as_eager(f: Callable[..., Any], inner: str) -> None:
