@@ -86,7 +86,7 @@ def examine(seed: int, numbers: range, *, dynamo_every: int = 10, minimize: bool
     return tally
 
 
-def _dynamic(program: Program, number: int, every: int) -> bool | None:
+def _dynamic(program: Program, number: int, every: int) -> bool:
     return bool(every and program.shapes and number // every % 2)
 
 

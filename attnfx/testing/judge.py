@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +47,12 @@ class Results:
     gradients: Mapping[str, Tensor | None]
 
 
-def check(program: Program, *, dynamo: bool = False, dynamic: bool | None = None) -> Verdict:
+def check(program: Program, *, dynamo: bool = False, dynamic: bool = False) -> Verdict:
     """Run the program in eager and under attnfx with strict errors, and compare everything.
 
     ``dynamo`` goes through ``torch.compile``; otherwise the graph is recorded from the eager run, an order of magnitude faster.
-    ``dynamic`` is torch.compile's. Raises Unspellable where the tree stands for no program.
+    ``dynamic`` leaves the sizes of batch, queries and keys open where the program reads them from tensors.
+    Raises Unspellable where the tree stands for no program.
     """
     text = source(program)
     try:
@@ -67,7 +68,7 @@ def check(program: Program, *, dynamo: bool = False, dynamic: bool | None = None
         return Verdict(failure=f"the program does not run: {_first_line(error)}", invalid=True)
     try:
         if graph is None:
-            ours, report = _compiled(function, inputs, dynamic)
+            ours, report = _compiled(function, inputs, text.free if dynamic else ())
         else:
             rewritten, report = rewrite(graph, Options(strict=True, inner="eager"))
             torch.manual_seed(0)
@@ -134,13 +135,17 @@ def _without_gradient_nan(ours: Results, eager: Results) -> tuple[Results, Resul
     return Results(ours.outputs, a), Results(eager.outputs, b)
 
 
-def _compiled(function: Callable[..., Any], inputs: Mapping[str, Any], dynamic: bool | None) -> tuple[Results, Report]:
+def _compiled(function: Callable[..., Any], inputs: Mapping[str, Any], free: Sequence[tuple[str, int]]) -> tuple[Results, Report]:
     reports: list[Report] = []
     token = listeners.set((reports.append,))
     torch._dynamo.reset()
+    for name, axis in free:
+        torch._dynamo.maybe_mark_dynamic(inputs[name], axis)
     torch.manual_seed(0)
     try:
-        compiled = torch.compile(function, backend=attnfx, dynamic=dynamic, options={"inner": "eager", "strict": True})
+        compiled = torch.compile(
+            function, backend=attnfx, dynamic=None if free else False, options={"inner": "eager", "strict": True}
+        )
         return run(compiled, inputs), Report.merge(reports)
     finally:
         listeners.reset(token)

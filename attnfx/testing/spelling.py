@@ -13,11 +13,12 @@ from attnfx.testing.writer import Axes, Var, Writer, layout
 
 @dataclass(frozen=True)
 class Source:
-    """``code``: a module that defines ``program`` and ``inputs`` when it is run. ``sizes`` do not show in the function where it
-    reads them, so one function serves several."""
+    """``code``: a module that defines ``program`` and ``inputs`` when it is run; ``free``: the axes of inputs whose size the
+    function reads rather than names, so that a compile may leave them open."""
 
     function: str
     inputs: str
+    free: tuple[tuple[str, int], ...] = ()
 
     @property
     def code(self) -> str:
@@ -32,7 +33,9 @@ def source(program: Program) -> Source:
     function += f"\n    return {', '.join(results)}"
     made = [f"dtype = torch.{program.dtype}", f"torch.manual_seed({program.seed})", "inputs = {"]
     made += [f'    "{name}": {value},' for name, value in w.inputs.items()] + ["}"]
-    return Source(function, "\n".join(made))
+    axes = ((name, k, axis) for name, axes in w.shapes.items() for k, axis in enumerate(axes))
+    free = tuple((name, k) for name, k, axis in axes if len(axis) == 1 and axis[0] in "bij" and axis[0] in w.sized)
+    return Source(function, "\n".join(made), free)
 
 
 def _body(w: Writer, p: Program) -> list[str]:
