@@ -71,6 +71,13 @@ def nothing_left_of_a_low_fill(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) ->
     return s.masked_fill((i[:, None] == 2) | ~keep, float("-inf")).softmax(-1) @ v
 
 
+@found
+def no_query_has_keys(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
+    """All of a block NaN: the mask still lets no gradient through to queries and keys."""
+    hidden = v.detach()[..., :1].transpose(-1, -2) < 100.0
+    return (q @ k.transpose(-1, -2)).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("f", FOUND)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_same_as_eager(f: Callable[..., Any], inner: str) -> None:
