@@ -22,7 +22,13 @@ from attnfx.patterns.versions import Past, as_read, hidden_by
 _ATEN: Any = torch.ops.aten
 #: Methods whose result depends on the strides of what they are called on.
 _STRIDE_SENSITIVE = frozenset(("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset"))
-_FOLLOWED = frozenset(("transpose", "permute", "unsqueeze", "squeeze", "swapaxes", "t", "detach"))
+#: Operations that give memory of their own, in an order that does not depend on what they read, or any view that there is.
+_FRESH = frozenset((
+    "matmul", "bmm", "mm", "baddbmm", "addmm", "linear", "einsum", "layer_norm", "rms_norm", "cat", "stack", "sum", "mean", "amax",
+    "scaled_dot_product_attention", "attention", "vendor_attention",
+))  # fmt: skip
+#: Operations that copy or not, depending on the strides of what they are called on.
+_PERHAPS_COPIES = frozenset(("reshape", "contiguous", "flatten", "reshape_as"))
 
 
 class Splicer:
@@ -136,7 +142,21 @@ class Splicer:
         dtype = match.candidate.output.meta["val"].dtype
         if dtype != match.site.dtype:
             node = self.call(_ATEN.to.dtype, node, dtype)
-        return self.laid_out(node, old) if stride_sensitive(old) else node
+        return self.laid_out(node, old) if stride_sensitive(old) or self.shared_by_strides(old) else node
+
+    def shared_by_strides(self, old: fx.Node) -> bool:
+        """Whether strides decide that a later write to a reshaped ``old`` is one to ``old`` itself."""
+        since, queue, seen = self.mirror.value[old], list(old.users), set[fx.Node]()
+        while queue:
+            user = queue.pop()
+            value = self.mirror.value.get(user)
+            if user in seen or value is None or _name(user) in _FRESH:
+                continue
+            seen.add(user)
+            queue += user.users
+            if _name(user) in _PERHAPS_COPIES and self.mirror.written_after(value, since):
+                return True
+        return False
 
     def laid_out(self, node: fx.Node, old: fx.Node) -> fx.Node:
         """``node`` with its axes in memory in the order that the model's own result has them."""
@@ -299,11 +319,20 @@ def memory_order(example: object) -> list[int]:
 
 
 def stride_sensitive(node: fx.Node) -> bool:
-    """Whether something reads the strides of ``node``, or of a view of it: then the replacement has to be contiguous as well."""
-    for user in node.users:
-        name = user.target if user.op == "call_method" else getattr(user.target, "__name__", "")
-        if user.op == "output" or name in _STRIDE_SENSITIVE:
-            return True
-        if name in _FOLLOWED and stride_sensitive(user):
-            return True
+    """Whether something reads the strides of ``node``, or of what keeps them (a view, an operation element by element)."""
+    queue, seen = [node], {node}
+    while queue:
+        for user in queue.pop().users:
+            name = _name(user)
+            if user.op == "output" or name in _STRIDE_SENSITIVE:
+                return True
+            if user not in seen and name not in _FRESH and name not in _PERHAPS_COPIES:
+                seen.add(user)
+                queue.append(user)
     return False
+
+
+def _name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -275,9 +275,9 @@ def _needs_exact_rows(site: AttentionSite) -> bool:
 
 
 def _may_hide_a_mask(score: Expr) -> bool:
-    """Whether a mask may hide in the scores, as an infinite constant or in a loaded float tensor, and cover whole rows."""
+    """Whether a mask may hide in the scores, as a constant that is no score or in a loaded float tensor, and cover whole rows."""
     for node in expr.walk(score):
-        if isinstance(node, Const) and isinstance(node.value, float) and math.isinf(node.value):
+        if isinstance(node, Const) and not isinstance(node.value, bool) and abs(node.value) >= -HIDDEN:
             return True
         if isinstance(node, Load) and node.dtype.is_floating_point:
             return True

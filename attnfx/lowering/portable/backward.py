@@ -82,7 +82,8 @@ def _block(
         dz = dz.masked_fill(~live, 0.0)
     for gradient, total in zip(problem.plan.gradients, biases, strict=True):
         _accumulate(gradient, total, dz, block, problem)
-    ds = problem.stacked(dz * slope)
+    # where the score was put away its gradient is zero and not NaN times zero
+    ds = problem.stacked((dz * slope).masked_fill_(slope == 0.0, 0.0))
     sums[0][block.place] = problem.unstacked(ds @ problem.keys_of(problem.k, block)).to(sums[0].dtype)
     sums[1][place] += ds.transpose(-1, -2) @ problem.rows_of(problem.q, block)
 

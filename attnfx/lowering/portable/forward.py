@@ -134,7 +134,8 @@ def _store(result: Result, problem: Problem, w: Weights) -> None:
     result.lse[at] = (lse if literal_zero else lse.masked_fill(w.row_sum == 0.0, -math.inf))[..., 0]
     if exact:
         result.row_max[at] = w.row_max[..., 0]
-        marked = -w.row_sum.masked_fill(w.row_sum == 0.0, 1.0) if w.literal else w.row_sum
+        # a sum that is NaN would lose its sign; the weights of such a row are NaN by its maximum
+        marked = -w.row_sum.nan_to_num(nan=1.0).masked_fill(w.row_sum == 0.0, 1.0) if w.literal else w.row_sum
         result.row_sum[at] = marked[..., 0]
         if w.literal:
             result.degenerate[at[:2]] = 1

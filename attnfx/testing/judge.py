@@ -1,0 +1,195 @@
+"""Judging one program: eager in float64 and in its own type against the rewritten graph, in outputs, NaN and gradients."""
+
+from __future__ import annotations
+
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from attnfx.backend import attnfx, listeners, rewrite
+from attnfx.options import Options
+from attnfx.report import Report
+from attnfx.testing.program import Mask, Program
+from attnfx.testing.spelling import Source, source
+from attnfx.testing.tracing import record
+
+#: Error allowed relative to the largest value, by the program's type; gradients may have five times that.
+TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one program. ``sites`` are the formulas put in place, ``reasons`` why others were left, ``failure`` is what
+    is wrong, or empty; ``invalid`` that the program itself does not run."""
+
+    sites: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    failure: str = ""
+    invalid: bool = False
+
+    @property
+    def matched(self) -> bool:
+        return bool(self.sites)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs of a run and the gradients of one number made from all of them."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: Mapping[str, Tensor | None]
+
+
+def check(program: Program, *, dynamo: bool = False, dynamic: bool = False) -> Verdict:
+    """Run the program in eager and under attnfx with strict errors, and compare everything.
+
+    ``dynamo`` goes through ``torch.compile``; otherwise the graph is recorded from the eager run, an order of magnitude faster.
+    ``dynamic`` leaves the sizes of batch, queries and keys open where the program reads them from tensors.
+    Raises Unspellable where the tree stands for no program.
+    """
+    text = source(program)
+    try:
+        function, inputs = load(text)
+        exact = {name: _exact(value) for name, value in inputs.items()}
+        torch.manual_seed(0)
+        with sdpa_kernel(SDPBackend.MATH):  # the others lose the sum of a row whose maximum is a mask's
+            truth = run(function, exact)
+        torch.manual_seed(0)
+        graph, outputs = (None, function(**inputs)) if dynamo else record(function, inputs)
+        eager = results(outputs, inputs)
+    except Exception as error:
+        return Verdict(failure=f"the program does not run: {_first_line(error)}", invalid=True)
+    try:
+        if graph is None:
+            ours, report = _compiled(function, inputs, text.free if dynamic else ())
+        else:
+            rewritten, report = rewrite(graph, Options(strict=True, inner="eager"))
+            torch.manual_seed(0)
+            ours = results(rewritten(*inputs.values()), inputs)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Verdict(failure=f"crash: {_first_line(error)} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})")
+    if _fills_both_ways(program):
+        ours, eager = _without_gradient_nan(ours, eager)
+    sites, reasons = tuple(str(s.site) for s in report.sites), tuple(m.reason for m in report.missed)
+    return Verdict(sites, reasons, difference(ours, eager, truth, TOLERANCE[program.dtype]))
+
+
+def load(text: Source) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function and the inputs that a program's source defines."""
+    module = types.ModuleType("attention_program")
+    exec(compile(text.code, "<program>", "exec"), module.__dict__)
+    return module.__dict__["program"], module.__dict__["inputs"]
+
+
+def run(function: Callable[..., Any], inputs: Mapping[str, Any]) -> Results:
+    return results(function(**inputs), inputs)
+
+
+def results(outputs: Any, inputs: Mapping[str, Any]) -> Results:
+    """The outputs with the gradients of their weighted sum for every input that wants one."""
+    found = tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
+    wanted = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    parts = [(o.double() * _weights(o)).sum() for o in found if o.requires_grad]
+    if not parts or not wanted:
+        return Results(found, {})
+    total = torch.stack(parts).sum()
+    return Results(found, dict(zip(wanted, torch.autograd.grad(total, list(wanted.values()), allow_unused=True), strict=True)))
+
+
+def _weights(x: Tensor) -> Tensor:
+    """Numbers that tell the elements of a result apart, none of them near zero."""
+    n = torch.arange(x.numel(), dtype=torch.float64)
+    return (torch.sin(n * 1.7 + 0.5) + torch.sign(torch.cos(n * 0.9)) * 0.5).reshape(x.shape)
+
+
+def _exact(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def _fills_both_ways(program: Program) -> bool:
+    """Whether -inf is put in place by one mask and added by another: which gradients of a row without keys are NaN and which
+    are zero then depends on the mask that hid each key, which a description of one mask does not tell."""
+    ways = {term.how in ("masked_fill", "where") for term in program.terms if isinstance(term, Mask) and term.fill == "-inf"}
+    put = program.mutation in ("additive mask cast to bool", "logits below the mean masked")
+    return len(ways | ({True} if put else set())) == 2
+
+
+def _without_gradient_nan(ours: Results, eager: Results) -> tuple[Results, Results]:
+    """Both with zero gradients where either is NaN."""
+    a, b = dict(ours.gradients), dict(eager.gradients)
+    for name in a.keys() & b.keys():
+        x, y = a[name], b[name]
+        if x is not None and y is not None and x.shape == y.shape:
+            unknown = x.isnan() | y.isnan()
+            a[name], b[name] = x.masked_fill(unknown, 0.0), y.masked_fill(unknown, 0.0)
+    return Results(ours.outputs, a), Results(eager.outputs, b)
+
+
+def _compiled(function: Callable[..., Any], inputs: Mapping[str, Any], free: Sequence[tuple[str, int]]) -> tuple[Results, Report]:
+    reports: list[Report] = []
+    token = listeners.set((reports.append,))
+    torch._dynamo.reset()
+    for name, axis in free:
+        torch._dynamo.maybe_mark_dynamic(inputs[name], axis)
+    torch.manual_seed(0)
+    try:
+        compiled = torch.compile(
+            function, backend=attnfx, dynamic=None if free else False, options={"inner": "eager", "strict": True}
+        )
+        return run(compiled, inputs), Report.merge(reports)
+    finally:
+        listeners.reset(token)
+
+
+def difference(ours: Results, eager: Results, truth: Results, tolerance: float) -> str:
+    """How our results differ from eager's, or nothing.
+
+    An element is right when it is close to eager in float64, or to eager in the program's own type: a fill such as -1e9 swallows
+    scores in one type and not in another. Where eager itself is far from the truth, ours may be three times as far.
+    """
+    if len(ours.outputs) != len(eager.outputs):
+        return f"{len(ours.outputs)} outputs instead of {len(eager.outputs)}"
+    pairs: list[tuple[str, Any, Any, Any, float]] = [
+        (f"output {n}", *three, tolerance) for n, three in enumerate(zip(ours.outputs, eager.outputs, truth.outputs, strict=True))
+    ]
+    for name in eager.gradients:
+        three = (ours.gradients.get(name), eager.gradients[name], truth.gradients.get(name))
+        pairs.append((f"gradient of {name}", *three, 5 * tolerance))
+    return next((text for pair in pairs if (text := _apart(*pair))), "")
+
+
+def _apart(what: str, ours: Tensor | None, eager: Tensor | None, truth: Tensor | None, tolerance: float) -> str:
+    if ours is None or eager is None:
+        return "" if ours is eager else f"{what}: eager has {'no' if eager is None else 'a'} gradient and the rewrite has not"
+    if (ours.shape, ours.dtype) != (eager.shape, eager.dtype):
+        return f"{what}: {ours.dtype} {list(ours.shape)} instead of {eager.dtype} {list(eager.shape)}"
+    a, b = ours.detach().double(), eager.detach().double()
+    c = b if truth is None else truth.detach().double()
+    c = torch.where(c.isfinite(), c, b)
+    if not torch.equal(a.isnan(), b.isnan()):
+        return f"{what}: {int(a.isnan().sum())} NaN instead of {int(b.isnan().sum())}, of {a.numel()}"
+    c = torch.where(b.isnan(), b, c)
+    finite = b.isfinite() & c.isfinite()
+    scale = float(torch.where(finite, c, 0.0).abs().max()) if c.numel() else 0.0
+    own = torch.where(finite, (b - c).abs(), 0.0)
+    allowed = max(tolerance * (1 + scale), 3 * float(own.max()) if own.numel() else 0.0)
+    close = ((a - c).abs() <= allowed) | ((a - b).abs() <= tolerance * (1 + scale)) | (a == b) | (a.isnan() & b.isnan())
+    if bool(close.all()):
+        return ""
+    worst = float(torch.where(close, 0.0, (a - c).abs()).max())
+    return f"{what}: off by {worst:.2e} where {allowed:.1e} is allowed, in {int((~close).sum())} of {close.numel()} elements"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
