@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from attnfx.integers import Ranges
+from attnfx.trace_memo import TraceMemo, Twin
 
 
 def opaque(*args: Any) -> Any:
@@ -128,7 +129,7 @@ def capture(gm: fx.GraphModule) -> Mirror:
         value[d] = placeholder
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     shared = world.shared()
-    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [_storage(n.meta["val"])]}
+    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [tracer.memo.memory_of(n)]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
     return Mirror(graph, origin, value, storage, mutations, world.ranges(), world.to_user, tracer.blind, results, world.unproved())
 
@@ -281,6 +282,16 @@ class _Tracer(fx.Interpreter):
         self.value: dict[fx.Node, str] = {}
         self.results: dict[fx.Node, Any] = {}
         self.blind: dict[fx.Node, str] = {}
+        self.memo = TraceMemo()
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """Arguments for an operation that is traced: every value as a tensor that the tracer follows."""
+        mode = get_proxy_mode()
+
+        def loaded(node: fx.Node) -> Any:
+            return pytree.tree_map_only(Twin, lambda t: self.memo.tensor(t, mode.tracer), self.env[node])
+
+        return fx.node.map_arg(args, loaded)
 
     def run_fake(self, *inputs: Any) -> Any:
         # Tensors that the graph owns (get_attr) are converted by the mode as they are met.
@@ -290,26 +301,40 @@ class _Tracer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
-        if n.op in ("placeholder", "output") or mode is None:
-            return super().run_node(n)
-        graph = mode.tracer.graph
-        last = next(iter(reversed(graph.nodes)), None)
-        result = self.value_of(n)
-        if isinstance(result, torch.Tensor) and n.op != "get_attr" and _proxy_of(result, mode) is None:
-            self.blind[n] = "a tensor that tracing lost sight of"
-            result = self.stand_in(n)
-        made = []
-        for node in reversed(graph.nodes):
-            if node is last:
-                break
-            made.append(node)
+        if n.op == "output" or mode is None:
+            return ()
+        if n.op == "placeholder":
+            return self.memo.twins(super().run_node(n), (), mode.tracer)
+        key, inputs = self.memo.key(n, self.env, _kind(_example(n))) or (None, [])
+        template = self.memo.templates.get(key)
+        if template is not None:
+            result, made = self.memo.replay(template, inputs, mode.tracer.graph)
+        else:
+            result, made = self.traced(n, mode.tracer, key, inputs)
         for node in made:
             self.origin[node.name] = n
-        if isinstance(result, torch.Tensor) and (proxy := _proxy_of(result, mode)) is not None:
-            self.value[n] = proxy.name
+        if isinstance(result, Twin):
+            self.value[n] = result.node.name
         elif isinstance(result, tuple | list):
-            self.results[n] = pytree.tree_map(lambda t: _name_of(t, mode), tuple(result))
+            self.results[n] = pytree.tree_map(lambda t: t.node.name if isinstance(t, Twin) else None, tuple(result))
         return result
+
+    def traced(self, n: fx.Node, tracer: Any, key: Any, inputs: list[Twin]) -> tuple[Any, list[fx.Node]]:
+        """The value of ``n`` by running it under the tracer, and the mirror nodes that it made."""
+        before, last = [t.node for t in inputs], next(iter(reversed(tracer.graph.nodes)), None)
+        result = self.value_of(n)
+        if isinstance(result, torch.Tensor) and n.op != "get_attr" and _proxy_of(result, tracer) is None:
+            self.blind[n] = "a tensor that tracing lost sight of"
+            result = self.stand_in(n)
+        made: list[fx.Node] = []
+        for node in reversed(tracer.graph.nodes):
+            if node is last:
+                break
+            made.insert(0, node)
+        result = self.memo.twins(result, inputs, tracer)
+        if key is not None and n not in self.blind:
+            self.memo.learn(key, result, inputs, before, made)
+        return result, made
 
     def value_of(self, n: fx.Node) -> Any:
         why = self.not_traceable(n)
@@ -351,6 +376,13 @@ class _Tracer(fx.Interpreter):
         return result
 
 
+def _kind(example: Any) -> tuple[Any, ...]:
+    """What :func:`_difference` compares, of what Dynamo saw."""
+    if not isinstance(example, torch.Tensor):
+        return (type(example),)
+    return torch.Tensor, example.dtype, example.device.type, example.dim()
+
+
 def _difference(result: Any, example: Any) -> str | None:
     """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
     if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
@@ -360,11 +392,6 @@ def _difference(result: Any, example: Any) -> str | None:
     return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"
 
 
-def _name_of(value: Any, mode: Any) -> str | None:
-    proxy = _proxy_of(value, mode) if isinstance(value, torch.Tensor) else None
-    return None if proxy is None else proxy.name
-
-
-def _proxy_of(tensor: torch.Tensor, mode: Any) -> fx.Node | None:
-    slot = get_proxy_slot(tensor, mode.tracer, None)
+def _proxy_of(tensor: torch.Tensor, tracer: Any) -> fx.Node | None:
+    slot = get_proxy_slot(tensor, tracer, None)
     return None if slot is None else slot.proxy.node
