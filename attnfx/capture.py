@@ -7,7 +7,7 @@ user's compile. Every mirror node knows the Dynamo node that made it; what canno
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from attnfx.integers import Ranges
-from attnfx.trace_memo import TraceMemo, Twin
+from attnfx.trace_memo import TraceMemo, Twin, inputs_of
 
 
 def opaque(*args: Any) -> Any:
@@ -55,6 +55,7 @@ class Mirror:
     def __post_init__(self) -> None:
         self.position = {node: k for k, node in enumerate(self.graph.nodes)}
         self.dynamo_of = {m: d for d, m in self.value.items()}
+        self.lifted: dict[Hashable, dict[Any, Any]] = {}
         self._holders: dict[fx.Node, list[fx.Node]] = {}
         for dynamo, node in self.value.items():
             self._holders.setdefault(node, []).append(dynamo)
@@ -84,6 +85,11 @@ class Mirror:
                 self._differentiable.add(node)
             if reached and (not wanted or apart):
                 self._severed.add(node)
+
+    def outlook(self, at: fx.Node) -> Hashable:
+        """What reading values from ``at`` depends on: whether a gradient is wanted there, and the writes that came before."""
+        position = self.position[at]
+        return self.requires_grad(at), sum(written < position for written, _ in self.mutations)
 
     def leaves_graph(self, node: fx.Node) -> bool:
         """Whether the user's graph returns the value of ``node``."""
@@ -305,7 +311,7 @@ class _Tracer(fx.Interpreter):
             return ()
         if n.op == "placeholder":
             return self.memo.twins(super().run_node(n), (), mode.tracer)
-        key, inputs = self.memo.key(n, self.env, _kind(_example(n))) or (None, [])
+        key, inputs = self.memo.key(n, self.env, _kind(_example(n))) or (None, inputs_of(n, self.env))
         template = self.memo.templates.get(key)
         if template is not None:
             result, made = self.memo.replay(template, inputs, mode.tracer.graph)

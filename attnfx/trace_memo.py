@@ -7,7 +7,7 @@ and the modes around it. A replayed value has no tensor of its own until an oper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,7 +175,9 @@ class TraceMemo:
             memory = owners.setdefault(self.memory_of(node), Ref(True, k)) if isinstance(value, torch.Tensor) else None
             args, kwargs = fx.node.map_arg(node.args, refer), fx.node.map_arg(node.kwargs, refer)
             steps.append(Made(node.target, args, kwargs, value, memory))
-        moved = tuple((k, number[t.node].at, t.form) for k, (t, old) in enumerate(zip(inputs, before, strict=True)) if t.node is not old)
+        moved = tuple(
+            (k, number[t.node].at, t.form) for k, (t, old) in enumerate(zip(inputs, before, strict=True)) if t.node is not old
+        )
         forms: dict[int, Form] = {}
 
         def place(leaf: Any) -> Any:
@@ -232,6 +234,12 @@ class TraceMemo:
             return known[id(leaf)]
 
         return pytree.tree_map(twin, result)
+
+
+def inputs_of(n: fx.Node, env: Mapping[fx.Node, Any]) -> list[Twin]:
+    """The values that ``n`` reads."""
+    leaves = (leaf for node in n.all_input_nodes for leaf in pytree.tree_leaves(env[node]))
+    return list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Twin)))
 
 
 #: Packages whose functions compute from their arguments alone.
