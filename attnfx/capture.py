@@ -293,9 +293,11 @@ class _Tracer(fx.Interpreter):
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Arguments for an operation that is traced: every value as a tensor that the tracer follows."""
         mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
 
         def loaded(node: fx.Node) -> Any:
-            return pytree.tree_map_only(Twin, lambda t: self.memo.tensor(t, mode.tracer), self.env[node])
+            return pytree.tree_map_only(Twin, lambda t: self.memo.tensor(t, tracer), self.env[node])
 
         return fx.node.map_arg(args, loaded)
 

@@ -28,7 +28,7 @@ class Case:
     make: Callable[[], Built]
 
     def build(self) -> Built:
-        """The model in evaluation mode without gradients, and the arguments of one forward. Raises ImportError without the package."""
+        """The model in evaluation mode and the arguments of one forward. Raises ImportError without the package."""
         _torchvision()
         importlib.import_module(self.package)
         torch.manual_seed(0)

@@ -17,9 +17,9 @@ def page(data: Mapping[str, Any]) -> str:
     parts = [
         "# What attnfx sees in real models",
         f"Of {total} attentions that one forward of each of {len(rows)} models runs, attnfx rewrites **{rewritten}** "
-        f"({_percent(rewritten, total)}); torch.compile's default fuses {fused} ({_percent(fused, total)}) of them by its patterns, "
+        f"({_percent(rewritten, total)}); torch.compile's default fuses {fused} ({_percent(fused, total)}) by its patterns, "
         "calls of `scaled_dot_product_attention` counted as fused. "
-        f"The largest difference from the graph run operation by operation is {max((r['difference'] for r in rows), default=0):.1e}. "
+        f"The largest difference from the graph run op by op is {max((r['difference'] for r in rows), default=0):.1e}. "
         f"Graph breaks added: {breaks}.",
         f"Measured with torch {data['torch']} on a CPU, small random weights, by "
         "`python -m benchmarks.coverage run --out FILE.json`; this page is `python -m benchmarks.coverage table FILE.json`.",

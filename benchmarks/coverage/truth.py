@@ -69,22 +69,38 @@ def count(built: Built) -> Truth:
 
 
 class _Calls(TorchFunctionMode):
-    """Counts calls of scaled_dot_product_attention, and hides what they are made of."""
+    """Counts calls of scaled_dot_product_attention, and hides what they are made of.
+
+    A mode does not see what torch's own functions call, so the function is wrapped in their modules as well.
+    """
 
     def __init__(self, marks: _Marker) -> None:
         super().__init__()
         self.marks = marks
 
+    def __enter__(self) -> _Calls:
+        F.scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention = self.counted
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *failure: Any) -> None:
+        F.scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention = _SDPA
+        super().__exit__(*failure)
+
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention or self.marks.hidden:
-            with self:  # functions of torch that call others are seen into
-                return func(*args, **(kwargs or {}))
+        return (self.counted if func is _SDPA else func)(*args, **(kwargs or {}))
+
+    def counted(self, *args: Any, **kwargs: Any) -> Any:
+        if self.marks.hidden:
+            return _SDPA(*args, **kwargs)
         self.marks.fused += 1
         self.marks.hidden = True
         try:
-            return func(*args, **(kwargs or {}))
+            return _SDPA(*args, **kwargs)
         finally:
             self.marks.hidden = False
+
+
+_SDPA = F.scaled_dot_product_attention
 
 
 class _Marker(TorchDispatchMode):
@@ -159,4 +175,4 @@ class _Marker(TorchDispatchMode):
 
 
 def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
