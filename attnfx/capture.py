@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from attnfx.integers import Ranges
-from attnfx.trace_memo import TraceMemo, Twin, inputs_of
+from attnfx.trace_memo import TraceMemo, Twin, difference, inputs_of, kind
 
 
 def opaque(*args: Any) -> Any:
@@ -313,7 +313,7 @@ class _Tracer(fx.Interpreter):
             return ()
         if n.op == "placeholder":
             return self.memo.twins(super().run_node(n), (), mode.tracer)
-        key, inputs = self.memo.key(n, self.env, _kind(_example(n))) or (None, inputs_of(n, self.env))
+        key, inputs = self.memo.key(n, self.env, kind(_example(n))) or (None, inputs_of(n, self.env))
         template = self.memo.templates.get(key)
         if template is not None:
             result, made = self.memo.replay(template, inputs, mode.tracer.graph)
@@ -351,7 +351,7 @@ class _Tracer(fx.Interpreter):
         if why is None:
             try:
                 result = super().run_node(n)
-                why = _difference(result, _example(n))
+                why = difference(result, _example(n))
                 if why is None:
                     return result
             except Exception as error:
@@ -382,22 +382,6 @@ class _Tracer(fx.Interpreter):
         proxy = mode.tracer.create_proxy("call_function", opaque, (), {}, name=f"opaque_{n.name}")
         track_tensor_tree(result, proxy, constant=None, tracer=mode.tracer)
         return result
-
-
-def _kind(example: Any) -> tuple[Any, ...]:
-    """What :func:`_difference` compares, of what Dynamo saw."""
-    if not isinstance(example, torch.Tensor):
-        return (type(example),)
-    return torch.Tensor, example.dtype, example.device.type, example.dim()
-
-
-def _difference(result: Any, example: Any) -> str | None:
-    """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
-    if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
-        return None
-    if (result.dtype, result.device.type, result.dim()) == (example.dtype, example.device.type, example.dim()):
-        return None
-    return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"
 
 
 def _proxy_of(tensor: torch.Tensor, tracer: Any) -> fx.Node | None:

@@ -286,3 +286,19 @@ def _empty(like: torch.Tensor, requires_grad: bool) -> torch.Tensor:
 
 def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return bool(_exact(a) == _exact(b))
+
+
+def kind(example: Any) -> tuple[Any, ...]:
+    """What :func:`difference` compares, of what Dynamo saw."""
+    if not isinstance(example, torch.Tensor):
+        return (type(example),)
+    return torch.Tensor, example.dtype, example.device.type, example.dim()
+
+
+def difference(result: Any, example: Any) -> str | None:
+    """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
+    if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
+        return None
+    if (result.dtype, result.device.type, result.dim()) == (example.dtype, example.device.type, example.dim()):
+        return None
+    return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"
