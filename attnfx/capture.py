@@ -7,7 +7,7 @@ user's compile. Every mirror node knows the Dynamo node that made it; what canno
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 from attnfx import batched, levels
 from attnfx.integers import Ranges
 from attnfx.surroundings import formats_unasked, undisturbed
-from attnfx.world import World, example_of, storage_of
+from attnfx.trace_memo import TraceMemo, Twin, difference, inputs_of, kind
+from attnfx.world import World, example_of
 
 
 def opaque(*args: Any) -> Any:
@@ -73,6 +74,7 @@ class Mirror:
     def __post_init__(self) -> None:
         self.position = {node: k for k, node in enumerate(self.graph.nodes)}
         self.dynamo_of = {m: d for d, m in self.value.items()}
+        self.lifted: dict[Hashable, dict[Any, Any]] = {}
         self._holders: dict[fx.Node, list[fx.Node]] = {}
         for dynamo, node in self.value.items():
             self._holders.setdefault(node, []).append(dynamo)
@@ -116,6 +118,11 @@ class Mirror:
         self.position[node] = self.position[at]
         if _differentiable(node) and any(n in self._differentiable for n in node.all_input_nodes):
             self._differentiable.add(node)
+
+    def outlook(self, at: fx.Node) -> Hashable:
+        """What reading values from ``at`` depends on: whether a gradient is wanted there, and the writes that came before."""
+        position = self.position[at]
+        return self.requires_grad(at), sum(written < position for written, _ in self.mutations)
 
     def leaves_graph(self, node: fx.Node) -> bool:
         """Whether the user's graph returns the value of ``node``."""
@@ -186,7 +193,7 @@ def traced(tracer: Tracer, inputs: Sequence[Any]) -> Mirror:
         value[d] = placeholder
     results = {d: pytree.tree_map(lambda name: nodes.get(name), found) for d, found in tracer.results.items()}
     shared = world.shared()
-    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [storage_of(n.meta["val"])]}
+    storage = {n: shared.get(s, s) for n in graph.nodes if is_tensor(n) for s in [tracer.memo.memory_of(n)]}
     mutations = [(k, storage[a]) for k, n in enumerate(graph.nodes) for a in _written(n) if a in storage]
     return Mirror(
         graph,
@@ -256,6 +263,18 @@ class Tracer(fx.Interpreter):
         self.lost = False
         self.placeholders = gm.graph.find_nodes(op="placeholder")
         self.owned = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}  # of an exported graph; Dynamo makes them inputs
+        self.memo = TraceMemo()
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """Arguments for an operation that is traced: every value as a tensor that the tracer follows."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+
+        def loaded(node: fx.Node) -> Any:
+            return pytree.tree_map_only(Twin, lambda t: self.memo.tensor(t, tracer), self.env[node])
+
+        return fx.node.map_arg(args, loaded)
 
     def run_fake(self, *inputs: Any) -> Any:
         # Constants of the graph (get_attr) are converted by the mode as they are met.
@@ -265,37 +284,48 @@ class Tracer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
-        if n.op in ("placeholder", "output") or mode is None:
-            return super().run_node(n)
-        graph = mode.tracer.graph
-        last = next(iter(reversed(graph.nodes)), None)
-        result = self.value_of(n)
-        if (
-            isinstance(result, torch.Tensor)
-            and not self.batched(n, result)
-            and n.op != "get_attr"
-            and _proxy_of(result, mode) is None
-        ):
-            self.blind[n] = "a tensor that tracing lost sight of"
-            result = self.stand_in(n)
-        made = []
-        for node in reversed(graph.nodes):
-            if node is last:
-                break
-            made.append(node)
+        if n.op == "output" or mode is None:
+            return ()
+        if n.op == "placeholder":
+            return self.memo.twins(super().run_node(n), (), mode.tracer)
+        known = self.memo.key(n, self.env, kind(example_of(n))) if _holds_tensors(example_of(n)) else None
+        key, inputs = known or (None, inputs_of(n, self.env))
+        template = self.memo.templates.get(key)
+        if template is not None:
+            result, made = self.memo.replay(template, inputs, mode.tracer.graph)
+        else:
+            result, made = self.traced(n, mode.tracer, key, inputs)
         for node in made:
             self.origin[node.name] = n
-        if self.batched(n, result):
-            return result
-        if isinstance(result, torch.Tensor) and (proxy := _proxy_of(result, mode)) is not None:
-            self.value[n] = proxy.name
+        if isinstance(result, Twin):
+            self.value[n] = result.node.name
         elif isinstance(result, tuple | list):
-            self.results[n] = pytree.tree_map(lambda t: _name_of(t, mode), tuple(result))
+            self.results[n] = pytree.tree_map(lambda t: t.node.name if isinstance(t, Twin) else None, tuple(result))
         return result
 
     def batched(self, n: fx.Node, result: Any) -> bool:
         """Whether a result has axes that its node in the user's graph does not show."""
         return n not in self.apart and batched.hidden(result)
+
+    def traced(self, n: fx.Node, tracer: Any, key: Any, inputs: list[Twin]) -> tuple[Any, list[fx.Node]]:
+        """The value of ``n`` by running it under the tracer, and the mirror nodes that it made."""
+        before, last = [t.node for t in inputs], next(iter(reversed(tracer.graph.nodes)), None)
+        result = self.value_of(n)
+        seen = self.batched(n, result) or n.op == "get_attr" or not isinstance(result, torch.Tensor)
+        if not seen and _proxy_of(result, tracer) is None:
+            self.blind[n] = "a tensor that tracing lost sight of"
+            result = self.stand_in(n)
+        made: list[fx.Node] = []
+        for node in reversed(tracer.graph.nodes):
+            if node is last:
+                break
+            made.insert(0, node)
+        if self.batched(n, result):
+            return result, made
+        result = self.memo.twins(result, inputs, tracer)
+        if key is not None and n not in self.blind:
+            self.memo.learn(key, result, inputs, before, made)
+        return result, made
 
     def value_of(self, n: fx.Node) -> Any:
         self.lost = self.lost and batched.inside()
@@ -319,14 +349,14 @@ class Tracer(fx.Interpreter):
         return self.stand_in(n)
 
     def difference(self, result: Any, n: fx.Node) -> str | None:
-        return _difference(result, example_of(n))
+        return difference(result, example_of(n))
 
     def call_of(self, n: fx.Node) -> Any:
         """A call of a higher-order operator as one node with its tensors and numbers."""
         mode = get_proxy_mode()
         assert mode is not None
         given, _ = self.fetch_args_kwargs_from_env(n)
-        if any(isinstance(x, torch.Tensor) and _proxy_of(x, mode) is None for x in pytree.tree_leaves(given)):
+        if any(isinstance(x, torch.Tensor) and _proxy_of(x, mode.tracer) is None for x in pytree.tree_leaves(given)):
             raise LookupError("it is given a tensor that tracing lost sight of")
         unwrap: Callable[[Any], Any] = mode.tracer.unwrap_proxy  # type: ignore[union-attr]
         shown = pytree.tree_map(lambda x: None if isinstance(x, fx.GraphModule) else unwrap(x), given)
@@ -366,20 +396,11 @@ class Tracer(fx.Interpreter):
         return result
 
 
-def _difference(result: Any, example: Any) -> str | None:
-    """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
-    if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
-        return None
-    if (result.dtype, result.device.type, result.dim()) == (example.dtype, example.device.type, example.dim()):
-        return None
-    return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"
+def _holds_tensors(example: Any) -> bool:
+    """Whether an operation makes tensors: one that does not is run for what it switches."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(example))
 
 
-def _name_of(value: Any, mode: Any) -> str | None:
-    proxy = _proxy_of(value, mode) if isinstance(value, torch.Tensor) else None
-    return None if proxy is None else proxy.name
-
-
-def _proxy_of(tensor: torch.Tensor, mode: Any) -> fx.Node | None:
-    slot = get_proxy_slot(tensor, mode.tracer, None)
+def _proxy_of(tensor: torch.Tensor, tracer: Any) -> fx.Node | None:
+    slot = get_proxy_slot(tensor, tracer, None)
     return None if slot is None else slot.proxy.node

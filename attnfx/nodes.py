@@ -53,6 +53,9 @@ class Expr:
     def __neg__(self) -> Expr:
         return _made("sub", 0, self) if isinstance(self, Int) else Call("neg", (self,), self.dtype)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k != "_hash"}  # hashes differ from process to process
+
     def __str__(self) -> str:
         from attnfx.notation import formula
 
@@ -86,6 +89,9 @@ class Load(Expr):
     indices: tuple[Expr, ...]
     dtype: torch.dtype
 
+    def __hash__(self) -> int:
+        return _remembered(self, (self.slot, self.indices, self.dtype))
+
 
 @dataclass(frozen=True)
 class Score(Expr):
@@ -105,6 +111,18 @@ class Call(Expr):
     def __post_init__(self) -> None:
         if self.op not in OPERATIONS:
             raise ValueError(f"unknown operation {self.op!r}; an expression may use {sorted(OPERATIONS)}")
+
+    def __hash__(self) -> int:
+        return _remembered(self, (self.op, self.args, self.dtype))
+
+
+def _remembered(e: Expr, parts: tuple[Hashable, ...]) -> int:
+    """The hash of a node with children, computed once: else hashing each node of a tree would walk all of the tree below it."""
+    found: int | None = e.__dict__.get("_hash")
+    if found is None:
+        found = hash(parts)
+        object.__setattr__(e, "_hash", found)
+    return found
 
 
 def children(e: Expr) -> tuple[Expr, ...]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import sympy
 import torch
@@ -100,7 +101,7 @@ class AttentionSite:
         """What is known of the size symbols."""
         return Ranges(dict(self.ranges_low), dict(self.ranges_high))
 
-    @property
+    @cached_property
     def facts(self) -> Facts:
         return prove(self.keep, self.queries, self.keys, self.ranges)
 

@@ -173,6 +173,7 @@ class KernelPlan:
         return _load(text)
 
 
+@lru_cache(maxsize=1024)
 def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ...]:
     """The plan of ``site`` for a family, or sentences that say why it has none."""
     site = _numbered(site).replace(origin=Origin())

@@ -8,8 +8,9 @@ never be wrong by not knowing an operation, only less informed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -97,8 +98,17 @@ class Lifter:
         self.ranges = ranges
         self.at = at
         self.inner = inner
-        self.memo: dict[tuple[fx.Node, Index, fx.Node | None], Expr] = {}
         self.reader = at
+
+    @cached_property
+    def memo(self) -> dict[tuple[fx.Node, Index, fx.Node | None], Expr]:
+        """What was lifted so far, shared by all lifters of the mirror that would lift the same: equal layers read one mask."""
+        return self.mirror.lifted.setdefault((self.known, self.inner, self.stop, self.course, self.mirror.outlook(self.at)), {})
+
+    @cached_property
+    def known(self) -> Hashable:
+        """The ranges as a key."""
+        return tuple(tuple(sorted(bounds.items(), key=str)) for bounds in (self.ranges.low, self.ranges.high))
 
     def element(self, node: Any, index: Index) -> Expr:
         """Element ``index`` of a mirror node as the reader finds it, or a number as itself. Raises Stale where in-place writes
@@ -243,6 +253,13 @@ def reshaped(lifter: Lifter, old: Sequence[sympy.Expr], new: Sequence[sympy.Expr
 
     Axes are matched in groups of equal products, so that a reshape that only splits or merges some axes leaves the others alone.
     """
+    known, key = lifter.mirror.lifted.setdefault(("reshaped", lifter.known), {}), (tuple(old), tuple(new), index)
+    if key not in known:
+        known[key] = _reshaped(lifter, old, new, index)
+    return known[key]  # type: ignore[no-any-return]
+
+
+def _reshaped(lifter: Lifter, old: Sequence[sympy.Expr], new: Sequence[sympy.Expr], index: Index) -> Index:
     result: list[Expr] = []
     a = b = 0
     while a < len(old) or b < len(new):

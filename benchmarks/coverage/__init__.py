@@ -1,0 +1,1 @@
+"""Attentions of real models that attnfx sees and rewrites, next to torch.compile's default: ``python -m benchmarks.coverage``."""
