@@ -16,6 +16,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_slot, track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from attnfx.world import storage_of
+
 
 class Unlike(Exception):
     """This node is compared with no other."""
@@ -197,7 +199,7 @@ class TraceMemo:
         """The memory that the tensor of a mirror node lies in."""
         if node.name in self.memory:
             return self.memory[node.name]
-        storage = int(node.meta["val"].untyped_storage()._cdata)
+        storage = storage_of(node.meta["val"])
         return self.aliases.get(storage, storage)
 
     def tensor(self, twin: Twin, tracer: Any) -> torch.Tensor:
@@ -205,7 +207,7 @@ class TraceMemo:
         if twin.tensor is None:
             twin.tensor = _empty(twin.like, twin.form.requires_grad)
             self.kept.append(twin.tensor)
-            self.aliases[int(twin.tensor.untyped_storage()._cdata)] = twin.memory
+            self.aliases[storage_of(twin.tensor)] = twin.memory
         slot = get_proxy_slot(twin.tensor, tracer, None)
         if slot is None or slot.proxy.node is not twin.node:
             value = twin.node.meta["val"]

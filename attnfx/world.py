@@ -21,6 +21,9 @@ def example_of(node: fx.Node) -> Any:
 
 
 def storage_of(t: torch.Tensor) -> int:
+    """Which memory a tensor lies in; under ``vmap`` that of the tensor behind."""
+    while torch._C._functorch.is_batchedtensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
     return int(t.untyped_storage()._cdata)
 
 

@@ -113,19 +113,19 @@ def test_derivatives_of_derivatives() -> None:
 
 def test_a_failure_while_looking_leaves_no_level_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = dynamo_graph(lambda x: vmap(biased)(x), X)
-    from attnfx.capture import _Tracer
+    from attnfx.capture import Tracer
 
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-    whole, seen = _Tracer.value_of, []
+    whole, seen = Tracer.value_of, []
 
-    def fails(self: _Tracer, n: torch.fx.Node) -> Any:
+    def fails(self: Tracer, n: torch.fx.Node) -> Any:
         result = whole(self, n)
         if torch._C._functorch.get_dynamic_layer_stack_depth() > depth or "add_batch_dim" in n.name:
             seen.append(n)
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(_Tracer, "value_of", fails)
+    monkeypatch.setattr(Tracer, "value_of", fails)
     with pytest.raises(KeyboardInterrupt):
         rewrite(gm, Options())
     assert seen

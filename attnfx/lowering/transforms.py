@@ -90,7 +90,7 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 def _plain(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     values = plan.values(sizes, k.shape[2], loads)
     q, k, v = (t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v))
-    return plain_attention(plan.site, q, k, v, loads, [values[s] for s in plan.site.symbols])
+    return plain_attention(plan.site, q, k, v, loads, [values[s] for s in plan.site.symbols])[0]
 
 
 def _grad(followed: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor], again: bool) -> tuple[Tensor | None, ...]:

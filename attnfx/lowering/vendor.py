@@ -58,6 +58,8 @@ def is_causal(site: AttentionSite) -> bool:
 
 def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV); causal is j <= i. Differentiable."""
+    if 0 in query.shape[:3]:
+        return _nothing(query, key, value)
     if _cudnn(query, key, value):
         # Fewer key heads than query heads are cuDNN's own business: nothing is repeated, and their gradients come back as they are.
         wants_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
@@ -73,6 +75,13 @@ def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, 
     return functional.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The empty result for an empty batch, no heads or no queries; torch's kernels for CPUs may divide by such a size."""
+    groups = query.shape[1] // max(key.shape[1], 1)
+    key, value = (t.repeat_interleave(max(groups, 1), 1) for t in (key, value))
+    return query @ key.transpose(2, 3) @ value
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> bool:

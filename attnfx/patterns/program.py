@@ -46,13 +46,20 @@ def program(
     tame(logits.score)
     infinite = logits.fill == -math.inf
     if empty_rows == "underflow" and not infinite and logits.keep != expr.TRUE:
-        raise Refused(
-            f"its softmax takes no row maximum off, so that a query whose keys all have the fill {logits.fill:g} gives NaN"
-        )
+        why = f"a query whose keys all have the fill {logits.fill:g} gives NaN"
+        raise Refused(f"its softmax takes no row maximum off, so that {why}")
+    if empty_rows == "underflow" and _may_be_low(logits.score):
+        raise Refused("its softmax takes no row maximum off, so that a query whose scores are all very low gives NaN")
     zero = empty_rows == "zero" or found.guarded or sink is not None  # a sink takes what no key takes
     empty = "fill" if not infinite else "zero" if zero else "nan"
     made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight, sink)
     return _remasked(made, logits, prove(logits.keep, length_q, length_k, known).nonempty)
+
+
+def _may_be_low(score: Expr) -> bool:
+    """Whether a mask may hide in the scores: a low number put or added, or a float tensor."""
+    low = any(isinstance(n, expr.Const) and not isinstance(n.value, bool) and n.value <= -100 for n in expr.walk(score))
+    return low or any(isinstance(n, Load) and n.dtype.is_floating_point and isinstance(n.slot, fx.Node) for n in expr.walk(score))
 
 
 #: A fill at least this low leaves a masked key no probability beside any kept one.
