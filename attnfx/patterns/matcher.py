@@ -314,8 +314,7 @@ class _Attempt:
     ) -> tuple[AttentionSite, tuple[Past, ...], tuple[fx.Node, ...]]:
         lifter = self.new_lifter((self.i, self.j))
         z = self.candidate.logits(lifter, self.weights)
-        product = self.sum or Load(Dot(self.dot), self.dot_index, self.dot.meta["val"].dtype)
-        z = expr.rebuild(z, lambda n: expr.Score() if n == product else None)
+        z = expr.rebuild(z, lambda n: expr.Score() if n == self.sum or self._is_product(n) else None)
         if scale != 1.0:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
@@ -355,6 +354,10 @@ class _Attempt:
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
         )  # fmt: skip
         return site, tuple(loads), factors
+
+    def _is_product(self, e: Expr) -> bool:
+        """Whether ``e`` is the product of queries and keys as the logits read it."""
+        return isinstance(e, Load) and e.slot == Dot(self.dot) and e.indices == self.dot_index
 
     def _dropped(self) -> Expr | None:
         """The logit of the column that has no value."""
