@@ -77,8 +77,15 @@ class Splicer:
             query = self.call(_ATEN.cat.default, [query, beside], -1)
             beside = self.arranged(match, more_key, (layout.batch, layout.heads, (layout.j,), (d,)))
             key = self.call(_ATEN.cat.default, [key, beside], -1)
-        for factor in match.factors:
-            query = self.call(operator.mul, query, self.held(factor, factor))
+        for factor, operand in match.factors:
+            target = operator.truediv if factor.divides else operator.mul
+            if factor.keys:
+                by = self.arranged(match, operand, (layout.batch, layout.heads, (layout.j,), ()))
+                key = self.scaled(target, key, by, match.key, operand)
+            else:
+                rows = (layout.batch, heads, (layout.i,), ())
+                by = self.arranged(match, operand, rows) if operand.axes else self.held(factor.node, factor.node)
+                query = self.scaled(target, query, by, match.query, operand)
         value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
         # Under autocast the model's contractions read narrower operands than the graph shows.
         query, key, value = (
@@ -92,6 +99,12 @@ class Splicer:
             if name in old.meta:
                 core.meta[name] = old.meta[name]
         return core, self.kept(self.restored(match, core, old), match.candidate.output, match)
+
+    def scaled(self, target: Any, node: fx.Node, by: fx.Node, of: Operand, factor: Operand) -> fx.Node:
+        """``node * by`` or ``node / by`` in the dtype of the operand ``of``."""
+        made, dtype = self.call(target, node, by), of.node.meta["val"].dtype
+        wider = bool(factor.axes) and torch.promote_types(dtype, factor.node.meta["val"].dtype) != dtype
+        return self.call(_ATEN.to.dtype, made, dtype) if wider else made
 
     def kept(self, made: fx.Node, node: fx.Node, match: Match) -> fx.Node:
         """``made``, or a copy where the model writes to it later: the backward pass reads what the operator was given and gave."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch import fx
 
@@ -48,12 +49,18 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
                 missed.append(NearMiss(item.normaliser, item.pattern, str(refusal), read=True))
     told = {m.candidate.normaliser for m in found} | {m.node for m in missed} | {n for m in found for n in m.candidate.consumed}
     missed += [NearMiss(node, "lookalike", reason) for node, reason in lookalikes(mirror, told)]
-    # Probabilities that end in several contractions are not needed any more only if each of these is an attention.
-    lost = {m.node for m in missed}
-    found = [m for m in found if m.candidate.normaliser not in lost]
+    found = [_beside(m, {n.node for n in missed}) for m in found]
     found.sort(key=lambda m: mirror.position[m.candidate.output])
     found = distinct(found)
     return found, closest(mirror, found, missed)
+
+
+def _beside(found: Match, missed: set[fx.Node]) -> Match:
+    """``found``, noting that its probabilities also end where no attention was found, so that they are computed for that."""
+    way = found.candidate
+    if way.normaliser not in missed or way.also:
+        return found
+    return replace(found, candidate=replace(way, also="another product"))
 
 
 def recognise_linear(mirror: Mirror, found: list[Match], missed: list[NearMiss]) -> tuple[list[LinearMatch], list[NearMiss]]:

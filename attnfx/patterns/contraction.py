@@ -39,6 +39,11 @@ class Contraction:
         if name == "aten.scaled_dot_product_attention":
             left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, _key_heads(self.node, index[:-2]))
             return (self.left, (*left, index[-2], t)), (self.right, (*right, index[-1], t))
+        if name == "aten.sum":
+            d = _summed_axis(self.node)
+            kept = bool(argument(self.node, 2, "keepdim", False))
+            whole = (*index[:d], t, *index[d + kept :])
+            return (self.left, _aligned(self.left, whole)), (self.right, _aligned(self.right, whole))
         left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, index[:-2])
         return (self.left, (*left, index[-2], t)), (self.right, (*right, t, index[-1]))
 
@@ -55,6 +60,8 @@ class Contraction:
             letter = next(x for x in a if x in b and x not in out)
             left = sizes(self.left)[a.index(letter)]
             return sizes(self.right)[b.index(letter)] if left == 1 else left
+        if operation(self.node) == "aten.sum":
+            return sizes(self.node.args[0])[_summed_axis(self.node)]  # type: ignore[arg-type]
         return sizes(self.left)[-1]
 
 
@@ -67,6 +74,8 @@ def contraction(node: fx.Node) -> Contraction | None:
         left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
     elif name == "aten.scaled_dot_product_attention":
         left, right = node.args[:2]
+    elif name == "aten.sum":
+        left, right = _multiplied(node)
     elif name == "aten.einsum" and all(_letters(str(node.args[0]))):
         left, right = _pair(node.args[1])
     else:
@@ -74,6 +83,29 @@ def contraction(node: fx.Node) -> Contraction | None:
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_tensor(left) and is_tensor(right)):
         return None
     return Contraction(node, left, right) if min(len(sizes(left)), len(sizes(right))) >= 2 else None
+
+
+def _multiplied(node: fx.Node) -> tuple[Any, Any]:
+    """The factors of ``(left * right).sum(dim)``, both of which have the summed axis; Nones where it is something else."""
+    source, dims = node.args[0], argument(node, 1, "dim")
+    if not isinstance(source, fx.Node) or operation(source) != "aten.mul" or dims is None or len(dims) != 1:
+        return None, None
+    left, right = source.args[:2]
+    if not (is_tensor(left) and is_tensor(right)) or not node.meta["val"].is_floating_point() or left is right:
+        return None, None
+    back = len(sizes(source)) - _summed_axis(node)
+    shared = all(len(sizes(x)) >= back and sizes(x)[-back] == sizes(source)[-back] for x in (left, right))  # type: ignore[arg-type]
+    plain = node.meta["val"].dtype == source.meta["val"].dtype
+    return (left, right) if shared and plain else (None, None)
+
+
+def _summed_axis(node: fx.Node) -> int:
+    return int(argument(node, 1, "dim")[0]) % len(sizes(node.args[0]))  # type: ignore[arg-type]
+
+
+def _aligned(operand: fx.Node, index: Index) -> Index:
+    """The part of an element-wise result's index that an operand has, its axes of size one read at zero."""
+    return _within(operand, index[len(index) - len(sizes(operand)) :])
 
 
 def _pair(operands: Any) -> tuple[Any, Any]:
@@ -114,7 +146,7 @@ def _key_heads(node: fx.Node, batch: Index) -> Index:
     return (*batch[:-1], Int(floordiv(h.value, sympy.cancel(heads / shared))))
 
 
-@rule("aten.matmul", "aten.bmm", "aten.einsum")
+@rule("aten.matmul", "aten.bmm", "aten.einsum", "aten.sum")
 def _dot(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return expr.Load(Dot(node), index, node.meta["val"].dtype) if contraction(node) is not None else None
 

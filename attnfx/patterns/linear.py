@@ -38,7 +38,10 @@ def find(mirror: Mirror, taken: Iterable[fx.Node]) -> list[LinearMatch]:
             continue
         if operation(node) == "aten.cumsum" or not _reads_a_sum(node):
             continue
-        best = _best(mirror, numbers, node)
+        try:
+            best = _best(mirror, numbers, node)
+        except Stale:
+            continue
         if best is not None and not best.through & used and best.output not in ends:
             ends.add(best.output)
             found[node] = best

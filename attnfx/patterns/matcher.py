@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, sizes
+from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
 from attnfx.patterns.added import place, summation, summed_with
 from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, through_scaling, understood
@@ -18,10 +18,12 @@ from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
 from attnfx.patterns.probabilities import descends, factor
-from attnfx.patterns.program import canonical, narrowed, numbered, program, without_factors
+from attnfx.patterns.program import ScoreFactor, canonical, narrowed, numbered, program, without_factors
 from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 from attnfx.site import AttentionSite, SideTensor
 
+#: What scales the scores from outside, with its axes (none for a number).
+Factors = tuple[tuple[ScoreFactor, Operand], ...]
 #: Queries, keys and head_dim symbol of each further product that is added to the scores.
 Further = tuple[tuple[Operand, Operand, sympy.Symbol], ...]
 
@@ -30,7 +32,8 @@ Further = tuple[tuple[Operand, Operand, sympy.Symbol], ...]
 class Match:
     """A site and the graph nodes it stands for: operands and result with their axes, side tensors in slot order.
 
-    ``factors`` are numbers known only at run time that scale the scores; the query is multiplied by them beforehand.
+    ``factors`` are numbers known only at run time and learned tensors that scale the scores; queries or keys are multiplied by
+    them beforehand.
     ``further``: queries and keys of products that are added to the first one (multi-head latent attention keeps positions
     apart like that): the head_dim of the site is the sum of theirs.
     """
@@ -44,7 +47,7 @@ class Match:
     value: Operand
     output: Operand
     loads: tuple[Past, ...]
-    factors: tuple[fx.Node, ...] = ()
+    factors: Factors = ()
     further: Further = ()
 
 
@@ -311,17 +314,15 @@ class _Attempt:
 
     def _site(
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float, further: Further
-    ) -> tuple[AttentionSite, tuple[Past, ...], tuple[fx.Node, ...]]:
+    ) -> tuple[AttentionSite, tuple[Past, ...], Factors]:
         lifter = self.new_lifter((self.i, self.j))
         z = self.candidate.logits(lifter, self.weights)
         z = expr.rebuild(z, lambda n: expr.Score() if n == self.sum or self._is_product(n) else None)
         if scale != 1.0:
             scaled = expr.mul(expr.Score(), expr.constant(scale, torch.float64), torch.float32)
             z = expr.rebuild(z, lambda n: scaled if isinstance(n, expr.Score) else None)
-        z, factors = without_factors(z)
-        for number in factors:
-            if not obtainable(self.mirror, Past(number, number), self.candidate.output):
-                raise Refused(f"{number.name} is changed in place before the attention is computed")
+        z, outside = without_factors(z, self._learned, self.i, self.j)
+        factors = tuple((f, self._factor_operand(f)) for f in outside)
         found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
         dropped = self._dropped()
         sink = None if dropped is None else canonical(dropped, layout, self.extents)
@@ -354,6 +355,20 @@ class _Attempt:
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
         )  # fmt: skip
         return site, tuple(loads), factors
+
+    def _learned(self, node: fx.Node) -> bool:
+        return self.mirror.requires_grad(self.candidate.output) and self.mirror.requires_grad(node)
+
+    def _factor_operand(self, f: ScoreFactor) -> Operand:
+        """A factor of the scores with its axes understood."""
+        until = self.candidate.output
+        if not obtainable(self.mirror, Past(f.node, f.node), until):
+            raise Refused(f"{f.node.name} is changed in place before the attention is computed")
+        shape = sizes(f.node) if is_tensor(f.node) else ()
+        found = understood(f.node, f.load.indices, self.extents, frozenset((self.i, self.j))) if shape else Operand(f.node, ())
+        if found is None:
+            raise Refused(f"the axes of a factor of the scores ({f.node.name}) cannot be told apart")
+        return found
 
     def _is_product(self, e: Expr) -> bool:
         """Whether ``e`` is the product of queries and keys as the logits read it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -95,28 +95,61 @@ def tame(score: Expr) -> None:
                 raise Refused("its scores are multiplied by an infinite number")
 
 
-def without_factors(z: Expr) -> tuple[Expr, tuple[fx.Node, ...]]:
-    """``z`` with ``q.k * number`` read as ``q.k`` where the number is known only at run time, and these numbers."""
-    factors: list[fx.Node] = []
-    scaled = expr.Load("scaled", (), torch.float32)
+@dataclass(frozen=True)
+class ScoreFactor:
+    """What all scores are multiplied by (or divided): element ``load``, of the queries' rows or of the keys' (``keys``)."""
 
-    def strip(node: Expr) -> Expr | None:
-        if isinstance(node, expr.Call) and node.op == "mul":
-            for scored, number in (node.args, node.args[::-1]):
-                if (
-                    isinstance(scored, expr.Score)
-                    and isinstance(number, Load)
-                    and not number.indices
-                    and isinstance(number.slot, fx.Node)
-                ):
-                    factors.append(number.slot)
-                    return scaled
+    load: Load
+    divides: bool
+    keys: bool
+
+    @property
+    def node(self) -> fx.Node:
+        assert isinstance(self.load.slot, fx.Node)
+        return self.load.slot
+
+
+@dataclass(frozen=True)
+class _Stripped:
+    """Slot that stands for scores whose factor was taken out."""
+
+    scored: Expr
+
+
+def without_factors(
+    z: Expr, apart: Callable[[fx.Node], bool], i: sympy.Symbol, j: sympy.Symbol
+) -> tuple[Expr, tuple[ScoreFactor, ...]]:
+    """``z`` with ``q.k * t`` read as ``q.k``, and what was left out: numbers known only at run time, and tensors that are to be
+    kept ``apart``, since a gradient goes to them."""
+    factors: list[ScoreFactor] = []
+    while len(factors) < 4:
+        found: list[ScoreFactor] = []
+        stripped = expr.rebuild(z, lambda n: _stripped(n, apart, i, j, found))  # noqa: B023
+        if len(set(found)) != 1 or any(isinstance(n, expr.Score) for n in expr.walk(stripped)):
+            break  # the scores are read in several ways: no one factor gives them all
+        z = expr.rebuild(stripped, lambda n: n.slot.scored if isinstance(n, Load) and isinstance(n.slot, _Stripped) else None)
+        factors.append(found[0])
+    return z, tuple(factors)
+
+
+def _stripped(e: Expr, apart: Callable[[fx.Node], bool], i: sympy.Symbol, j: sympy.Symbol, found: list[ScoreFactor]) -> Expr | None:
+    if not isinstance(e, expr.Call) or e.op not in ("mul", "div"):
         return None
+    for scored, load in (e.args, e.args[::-1])[: 2 if e.op == "mul" else 1]:
+        if not (_only_scaled(scored) and isinstance(load, Load) and isinstance(load.slot, fx.Node)):
+            continue
+        used = frozenset().union(*map(expr.symbols, load.indices))
+        if (not load.indices or apart(load.slot)) and not (i in used and j in used):
+            found.append(ScoreFactor(load, e.op == "div", j in used))
+            return Load(_Stripped(scored), (), torch.float32)
+    return None
 
-    found = expr.rebuild(z, strip)
-    if len(factors) != 1 or any(isinstance(n, expr.Score) for n in expr.walk(found)):
-        return z, ()  # the scores are read in several ways: no one factor of the query gives them all
-    return expr.rebuild(found, lambda n: expr.Score() if n == scaled else None), tuple(factors)
+
+def _only_scaled(e: Expr) -> bool:
+    """The score times numbers."""
+    while isinstance(e, expr.Call) and (e.op == "cast" or (e.op in ("mul", "div") and isinstance(e.args[1], expr.Const))):
+        e = e.args[0]
+    return isinstance(e, expr.Score)
 
 
 def narrowed(operand: torch.dtype, computed: torch.dtype) -> torch.dtype:
@@ -183,7 +216,13 @@ def numbered(mirror: Mirror, at: fx.Node, *programs: Expr) -> tuple[tuple[Expr, 
         source = past.node
         if not isinstance(source.meta.get("val"), torch.Tensor):
             raise Refused(f"{source.name} is a number known only at run time")
-        if isinstance(node.slot, Dot) and operation(source) not in ("aten.matmul", "aten.bmm", "aten.einsum", "aten.mm"):
+        if isinstance(node.slot, Dot) and operation(source) not in (
+            "aten.matmul",
+            "aten.bmm",
+            "aten.einsum",
+            "aten.mm",
+            "aten.sum",
+        ):
             raise Refused(f"{source.name} is a second product inside the logits")
         if not obtainable(mirror, past, at):
             raise Refused(f"{source.name} is changed in place before the attention is computed")
