@@ -13,7 +13,7 @@ from torch import Tensor, einsum
 # Memory that is written, and strides that are read -----------------------------------------------------------------------
 
 
-@case(0, *qkv(), grad=False)
+@case(1, *qkv(), grad=False)
 def queries_written_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = scores(q, k)
     q.zero_()
@@ -131,7 +131,7 @@ add(
 add("square keys not transposed", None, lambda q, k, v: (q @ k).softmax(-1) @ v, T(4, 4, 4, 4), T(4, 4, 4, 4), T(4, 4, 4, 4))
 add("some probabilities", 0, lambda q, k, v: scores(q, k).softmax(-1)[..., :4] @ v[:, :, :4], *qkv())
 add("probabilities repeated", 0, lambda q, k, v: scores(q, k).softmax(-1).repeat(1, 1, 1, 2) @ torch.cat([v, v], 2), *qkv())
-add("probabilities returned", 0, lambda q, k, v: (lambda p: (p @ v, p))(scores(q, k).softmax(-1)), *qkv())
+add("probabilities returned", 1, lambda q, k, v: (lambda p: (p @ v, p))(scores(q, k).softmax(-1)), *qkv())
 add("probabilities squared", 0, lambda q, k, v: (lambda p: p @ p @ v)(scores(q, k).softmax(-1)), *qkv())
 add("scores returned", 1, lambda q, k, v: (lambda s: (s.softmax(-1) @ v, s))(scores(q, k)), *qkv())
 add("scores and their transpose", None, lambda q, k, v: (lambda s: (s + s.transpose(-1, -2)).softmax(-1) @ v)(scores(q, k)), *qkv())

@@ -82,6 +82,9 @@ class Lifter:
     behind, their dropout as if it dropped nothing.
     """
 
+    #: Operations that are data to a kind of lifter, although there is a rule for them.
+    taken_whole: frozenset[str] = frozenset()
+
     def __init__(
         self,
         mirror: Mirror,
@@ -103,6 +106,8 @@ class Lifter:
     @cached_property
     def memo(self) -> dict[tuple[fx.Node, Index, fx.Node | None], Expr]:
         """What was lifted so far, shared by all lifters of the mirror that would lift the same: equal layers read one mask."""
+        if type(self) is not Lifter:
+            return {}  # it has rules of its own
         return self.mirror.lifted.setdefault((self.known, self.inner, self.stop, self.course, self.mirror.outlook(self.at)), {})
 
     @cached_property
@@ -135,7 +140,7 @@ class Lifter:
         if node.op == "get_attr":
             return self._literal(node) or leaf
         apply = _RULES.get(operation(node))
-        if apply is None or self.severed(node):
+        if apply is None or self.severed(node) or operation(node) in self.taken_whole:
             return leaf
         reader, self.reader = self.reader, node
         try:

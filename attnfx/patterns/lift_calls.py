@@ -59,7 +59,6 @@ class _Inner(Lifter):
     def __init__(self, outer: Lifter, inner: Subgraph, bound: Bound) -> None:
         super().__init__(inner.mirror, outer.ranges, at=inner.result)
         self.outer, self.bound = outer, bound
-        self.memo = {}  # of its own: what the parameters are bound to differs from call to call
 
     def element(self, node: Any, index: Index) -> Expr:
         outside = self.bound.get(node) if isinstance(node, fx.Node) else None

@@ -186,11 +186,12 @@ class _Attempt:
                 (("q", self.query), ("k", self.key), ("v", self.value))}  # fmt: skip
         order = [s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes]
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
-        self.i = self._queries(rows) if rows else self._single_row()  # one query, with keys of its own for everything else
+        # Where no axis belongs to queries alone, each has keys of its own, and is an attention with one query.
+        self.i = self._queries(rows) if rows else self._vanished("row")
         columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
-        if len(columns) != 1:
+        if len(columns) > 1:
             raise Refused("the values do not have exactly one axis of their own")
-        self.dv = columns[0]
+        self.dv = columns[0] if columns else self._vanished("column")  # one number a key
         self.batch = [s for s in dict.fromkeys(order) if s not in (self.i, self.j)]
         spread = [s for s in self.batch if s in used["k"] and s not in used["v"]]
         if not rows and spread:
@@ -208,11 +209,11 @@ class _Attempt:
 
         return max(rows, key=rank)
 
-    def _single_row(self) -> sympy.Symbol:
-        """No axis belongs to queries alone: each has keys of its own, and is an attention with one query."""
-        row = sympy.Symbol("row", integer=True, nonnegative=True)
-        self.extents = Extents({**self.extents.sizes, row: sympy.Integer(1)}, self.extents.known)
-        return row
+    def _vanished(self, name: str) -> sympy.Symbol:
+        """An axis of size one that no index shows."""
+        symbol = sympy.Symbol(name, integer=True, nonnegative=True)
+        self.extents = Extents({**self.extents.sizes, symbol: sympy.Integer(1)}, self.extents.known)
+        return symbol
 
     # The rest runs once no axis has to be split any more.
 

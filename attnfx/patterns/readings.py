@@ -26,6 +26,7 @@ class ScoreLifter(Lifter):
     """A lifter that knows activations besides the rules of logits, and may ask ``hook`` first what a node is. One that is
     ``crossing`` follows what has no gradient as well, and notes it in ``detached``."""
 
+    taken_whole = frozenset(("aten.sum", "aten.nan_to_num"))
     hook: Hook | None = None
     crossing = False
     detached = False

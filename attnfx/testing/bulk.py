@@ -95,7 +95,7 @@ def _count(tally: Tally, program: Program, verdict: Verdict) -> None:
     for name in properties(program):
         tally.seen[name] += 1
         tally.matched[name] += verdict.matched
-    if not verdict.matched and not program.mutation and not verdict.failure:
+    if not (verdict.matched or program.mutation or verdict.failure or program.sizes.keys == 1):
         tally.reasons[kind_of(verdict.reasons[0]) if verdict.reasons else "nothing was taken for an attention"] += 1
 
 
@@ -104,6 +104,9 @@ def properties(program: Program) -> Iterator[str]:
     if program.mutation:
         yield "mutated"
         yield f"mutation: {program.mutation}"
+        return
+    if program.sizes.keys == 1:
+        yield "a single key: its weight is always 1"
         return
     yield "exact"
     yield f"scores: {program.scores.how}"

@@ -206,10 +206,12 @@ SPELLINGS: dict[str, Spelling] = {
     # Not attention, or not one that can be replaced.
     "softmax over queries": Spelling(lambda q, k, v: scores(q, k).softmax(-2) @ v, formula=None),
     "softmax over heads": Spelling(lambda q, k, v: scores(q, k).softmax(1) @ v, formula=None),
-    "probabilities returned": Spelling(with_probabilities, formula=None),
+    "probabilities returned": Spelling(with_probabilities, formula="softmax((q·k)·0.2 | full)"),
     "talking heads": Spelling(talking_heads, formula=None, extra=(torch.randn(H, H),)),
     "probabilities rescaled": Spelling(
-        lambda q, k, v, m: (scores(q, k).softmax(-1) * m) @ v, formula=None, extra=(torch.rand(1, H, 1, 1),)
+        lambda q, k, v, m: (scores(q, k).softmax(-1) * m) @ v,
+        formula="T0[0, h, 0, 0]·softmax((q·k)·0.2 | full)",
+        extra=(torch.rand(1, H, 1, 1),),
     ),
     "features of linear attention": Spelling(lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), formula=None),
 }
@@ -221,12 +223,12 @@ def test_recognised_as(name: str) -> None:
     arguments = case.arguments()
     got, report = compiled(case.function, *arguments)
     assert_same(got, case.function(*arguments))
-    found = [str(site.site).split("  [")[0] for site in report.sites]
+    found = [str(site.site).split("  [")[0] for site in report.sites if site.rewritten]
     assert found == ([] if case.formula is None else [f"{case.formula} v"])
 
 
 #: Left alone when these side tensors want gradients that no kernel computes.
-WITHOUT_GRADIENT = {"scale after the mask", "bloom", "tensor scale"}
+WITHOUT_GRADIENT = {"scale after the mask", "bloom"}
 
 
 @pytest.mark.parametrize("name", [n for n, case in SPELLINGS.items() if case.formula is not None and case.dtype == torch.float32])
