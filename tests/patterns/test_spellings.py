@@ -121,6 +121,13 @@ SPELLINGS: dict[str, Spelling] = {
     "einsum, heads last": Spelling(
         lambda q, k, v: torch.einsum("bhij,bjhd->bihd", (torch.einsum("bihd,bjhd->bhij", q, k) * 0.2).softmax(-1), v)
     ),
+    "einsum with an ellipsis": Spelling(
+        lambda q, k, v: torch.einsum("... i j, ... j d -> ... i d", (torch.einsum("...id,...jd->...ij", q, k) * 0.2).softmax(-1), v)
+    ),
+    "einsum with ellipses of different rank": Spelling(
+        lambda q, k, v: torch.einsum("...hij,...jd->...ihd", (torch.einsum("...ihd,...jd->...hij", q, k) * 0.2).softmax(-1), v),
+        ((B, S, H, D), (S, D), (S, D)),
+    ),
     "softmax over another axis, transposed": Spelling(lambda q, k, v: (k @ q.mT * 0.2).softmax(-2).mT @ v),
     "keys stored transposed": Spelling(
         lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.2).softmax(-1) @ v, ((B, H, S, D), (B, S, H, D), (B, H, S, D))
@@ -151,6 +158,21 @@ SPELLINGS: dict[str, Spelling] = {
         lambda q, k, v, m: ((q @ k.mT + m) * 0.2).softmax(-1) @ v,
         formula="softmax((q·k + T0[i, j])·0.2 | full)",
         extra=(torch.randn(S, S),),
+    ),
+    "mask taken off": Spelling(
+        lambda q, k, v, m: (scores(q, k) - 1e30 * torch.einsum("ijbn->bnij", (m > 0.5).float())).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 | ¬(0.5 < T0[i, j, b, 0]) else +-1e+30)",
+        extra=(torch.rand(S, S, B, 1),),
+    ),
+    "bias taken off": Spelling(
+        lambda q, k, v, m: (scores(q, k) - m).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 + T0[i, j]·-1 | full)",
+        extra=(torch.randn(S, S),),
+    ),
+    "padding as an outer product": Spelling(
+        lambda q, k, v, m: scores(q, k).masked_fill(torch.einsum("bi,bj->bij", m, m)[:, None] == 0, LOW).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 | ¬(T0[b, i]·T0[b, j] = 0) else min(fp32))",
+        extra=((torch.arange(S) < torch.tensor([[S], [S - 4]])).float(),),
     ),
     "two additive terms": Spelling(
         lambda q, k, v, m, b: (scores(q, k) + b + m).softmax(-1) @ v,
@@ -242,8 +264,11 @@ def test_gradients(name: str) -> None:
     want = first(case.function(*arguments))
     weight = torch.randn_like(want)
     assert len(report.sites) == (name not in WITHOUT_GRADIENT)
-    for a, b in zip(torch.autograd.grad(first(got), inputs, weight), torch.autograd.grad(want, inputs, weight), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+    got_grads, want_grads = (torch.autograd.grad(first(o), inputs, weight, allow_unused=True) for o in (got, want))
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("fill", [NINF, LOW, -1e4], ids=["-inf", "finfo.min", "-1e4"])
