@@ -73,7 +73,7 @@ class Splicer:
             key = self.call(_ATEN.cat.default, [key, beside], -1)
         for factor in match.factors:
             query = self.call(operator.mul, query, self.held(factor, factor))
-        value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
+        value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), layout.width))
         # Under autocast the model's contractions read narrower operands than the graph shows.
         query, key, value = (
             node if operand.node.meta["val"].dtype == match.site.dtype else self.call(_ATEN.to.dtype, node, match.site.dtype)
@@ -119,7 +119,7 @@ class Splicer:
         """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something
         looks at them."""
         layout = match.layout
-        axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), (layout.dv,)]
+        axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), layout.width]
         # An axis that no operand has is one that the model broadcast, a query axis that vanished in a view: their sizes are one.
         target = [tuple(s for s in axis if any(s in group for group in axes)) for axis in match.output.axes]
         node = core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -184,10 +185,11 @@ class _Attempt:
         order = [s for x in self.weights for s in sorted(expr.symbols(x), key=lambda s: str(s)) if s in self.extents.sizes]
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
         self.i = self._queries(rows) if rows else self._single_row()  # one query, with keys of its own for everything else
-        columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
-        if len(columns) != 1:
-            raise Refused("the values do not have exactly one axis of their own")
-        self.dv = columns[0]
+        placed = dict.fromkeys(s for x in self.index for s in sorted(expr.symbols(x), key=str))
+        columns = [s for s in placed if s in used["v"] and s not in order and s != self.j and s in self.extents.sizes]
+        if not columns:
+            raise Refused("the values do not have an axis of their own")
+        *self.beside, self.dv = columns
         self.batch = [s for s in dict.fromkeys(order) if s not in (self.i, self.j)]
         spread = [s for s in self.batch if s in used["k"] and s not in used["v"]]
         if not rows and spread:
@@ -214,7 +216,7 @@ class _Attempt:
     # The rest runs once no axis has to be split any more.
 
     def finish(self) -> Match:
-        alone = frozenset((self.i, self.j, self.d, self.dv))
+        alone = frozenset((self.i, self.j, self.d, *self.beside, self.dv))
         query, key, value = (self._root(side, alone, name) for side, name in
                              ((self.query, "queries"), (self.key, "keys"), (self.value, "values")))  # fmt: skip
         further = self._further(alone)
@@ -262,7 +264,7 @@ class _Attempt:
         while rest and rest[-1] not in shared:
             groups.insert(0, rest.pop())
         heads = [rest.pop()] if rest else []
-        return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv)
+        return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv, tuple(self.beside))
 
     def _root(self, side: Sequence[tuple[fx.Node, Index]], alone: frozenset[sympy.Symbol], name: str) -> Operand:
         """The oldest form of an operand whose axes are all understood, if possible one that no later write hides."""
@@ -356,7 +358,8 @@ class _Attempt:
         site = AttentionSite(
             batch=total(layout.batch), heads=sympy.expand(heads * total(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
-            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))), value_dim=self._number(layout.dv, "value head_dim"),
+            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))), 
+            value_dim=math.prod(self._number(s, "value head_dim") for s in layout.width),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
             side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),

@@ -102,6 +102,11 @@ def with_probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return p @ v, p
 
 
+def relative_values(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    return p @ v + torch.einsum("bhij,ijd->bhid", p, table)
+
+
 def talking_heads(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
     return torch.einsum("gh,bhij->bgij", mix, scores(q, k)).softmax(-1) @ v
 
@@ -133,6 +138,13 @@ SPELLINGS: dict[str, Spelling] = {
         lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.2).softmax(-1) @ v, ((B, H, S, D), (B, S, H, D), (B, H, S, D))
     ),
     "values of another width": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, H, S, D), (B, H, S, D), (B, H, S, 12))),
+    "values with two axes of their own": Spelling(
+        lambda q, k, v: torch.einsum("bhij,bhjdc->bihdc", scores(q, k).softmax(-1), v),
+        ((B, H, S, D), (B, H, S, D), (B, H, S, 4, 3)),
+    ),
+    "several values for the same probabilities": Spelling(
+        lambda q, k, v: torch.einsum("bhij,brjd->bhrid", scores(q, k).softmax(-1), v), ((B, H, S, D), (B, H, S, D), (B, 3, S, 5))
+    ),
     "three dimensions": Spelling(
         lambda q, k, v: torch.bmm((torch.bmm(q, k.transpose(1, 2)) * 0.2).softmax(-1), v), ((B, S, D),) * 3
     ),
@@ -225,6 +237,7 @@ SPELLINGS: dict[str, Spelling] = {
     "learned keys and values": Spelling(
         lambda x, w, e: torch.einsum("bse,ed->bsd", (x @ w).softmax(-1), e), ((B, S, D), (D, 3), (3, D)), "softmax(q·k | full)"
     ),
+    "relative values": Spelling(relative_values, extra=(torch.randn(S, S, D),)),
     # Not attention, or not one that can be replaced.
     "softmax over queries": Spelling(lambda q, k, v: scores(q, k).softmax(-2) @ v, formula=None),
     "softmax over heads": Spelling(lambda q, k, v: scores(q, k).softmax(1) @ v, formula=None),
@@ -248,7 +261,7 @@ def test_recognised_as(name: str) -> None:
 
 
 #: Left alone when these side tensors want gradients that no kernel computes.
-WITHOUT_GRADIENT = {"scale after the mask", "bloom", "tensor scale"}
+WITHOUT_GRADIENT = {"scale after the mask", "bloom", "tensor scale", "bias taken off"}
 
 
 @pytest.mark.parametrize("name", [n for n, case in SPELLINGS.items() if case.formula is not None and case.dtype == torch.float32])
