@@ -236,6 +236,8 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 _ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg", "pow"))
 
 
+#: Methods that give a tensor other axes in place: Dynamo's example of what they are called on has the later ones.
+_TURNS = frozenset(("unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"))
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
@@ -314,7 +316,8 @@ class Tracer(fx.Interpreter):
         return self.stand_in(n)
 
     def difference(self, result: Any, n: fx.Node) -> str | None:
-        return _difference(result, example_of(n))
+        turned = any(u.op == "call_method" and u.target in _TURNS and u.args[0] is n for u in n.users)
+        return _difference(result, example_of(n), ranked=not turned)
 
     def call_of(self, n: fx.Node) -> Any:
         """A call of a higher-order operator as one node with its tensors and numbers."""
@@ -361,11 +364,12 @@ class Tracer(fx.Interpreter):
         return result
 
 
-def _difference(result: Any, example: Any) -> str | None:
+def _difference(result: Any, example: Any, *, ranked: bool = True) -> str | None:
     """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
     if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
         return None
-    if (result.dtype, result.device.type, result.dim()) == (example.dtype, example.device.type, example.dim()):
+    same = (result.dtype, result.device.type) == (example.dtype, example.device.type)
+    if same and (result.dim() == example.dim() or not ranked):
         return None
     return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"
 

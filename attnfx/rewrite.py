@@ -136,11 +136,15 @@ class Splicer:
         dtype = match.candidate.output.meta["val"].dtype
         if dtype != match.site.dtype:
             node = self.call(_ATEN.to.dtype, node, dtype)
-        return self.laid_out(node, old) if stride_sensitive(old) else node
+        if not stride_sensitive(old):
+            return node
+        example, traced = old.meta.get("example_value", old.meta.get("val")), match.candidate.output.meta["val"]
+        # An example whose axes the model changes in place later shows the later ones.
+        same = isinstance(example, torch.Tensor) and example.dim() == traced.dim()
+        return self.laid_out(node, memory_order(example if same else traced))
 
-    def laid_out(self, node: fx.Node, old: fx.Node) -> fx.Node:
-        """``node`` with its axes in memory in the order that the model's own result has them."""
-        order = memory_order(old.meta.get("example_value", old.meta.get("val")))
+    def laid_out(self, node: fx.Node, order: list[int]) -> fx.Node:
+        """``node`` with its axes in memory in the given order, that of the model's own result."""
         if order == sorted(order):
             return self.call(_ATEN.contiguous.default, node)
         moved = self.call(_ATEN.contiguous.default, self.call(_ATEN.permute.default, node, order))

@@ -358,7 +358,7 @@ class _Attempt:
         site = AttentionSite(
             batch=total(layout.batch), heads=sympy.expand(heads * total(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
-            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))), 
+            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))),
             value_dim=math.prod(self._number(s, "value head_dim") for s in layout.width),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
