@@ -20,6 +20,7 @@ from attnfx.errors import AttnfxError, AttnfxWarning, UnknownOption, Verificatio
 from attnfx.inner import compile_inner
 from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering.plan import KernelPlan
+from attnfx.nodes import Load, walk
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
 from attnfx.patterns.linear_site import LinearMatch
@@ -218,9 +219,13 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
         if isinstance(kernel, KernelPlan):
             sizes = [splicer.number(s) for s in kernel.symbols]
-            return graph.call_function(
-                torch.ops.attnfx.attention.default, (query, key, value, list(loads), sizes, kernel.to_json())
-            )
+            rows = [n for e in (site.sink, site.weight) if e is not None for n in walk(e)]
+            planned = {g.slot for g in kernel.gradients} | {n.slot for n in rows if isinstance(n, Load)}
+            given = [  # what is only compared with something gets no gradient, as in the model
+                splicer.call(torch.ops.aten.detach.default, load) if side.requires_grad and slot not in planned else load
+                for slot, (side, load) in enumerate(zip(site.side, loads, strict=True))
+            ]
+            return graph.call_function(torch.ops.attnfx.attention.default, (query, key, value, given, sizes, kernel.to_json()))
         args = (query, key, value, site.facts.causal, site.scale, site.dropout)
         return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
 

@@ -244,6 +244,8 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
 _ARITHMETIC = frozenset(getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "neg", "pow"))
 
 
+#: Methods that give a tensor other axes in place: Dynamo's example of what they are called on has the later ones.
+_TURNS = frozenset(("unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_"))
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
@@ -349,7 +351,8 @@ class Tracer(fx.Interpreter):
         return self.stand_in(n)
 
     def difference(self, result: Any, n: fx.Node) -> str | None:
-        return difference(result, example_of(n))
+        turned = any(u.op == "call_method" and u.target in _TURNS and u.args[0] is n for u in n.users)
+        return difference(result, example_of(n), ranked=not turned)
 
     def call_of(self, n: fx.Node) -> Any:
         """A call of a higher-order operator as one node with its tensors and numbers."""

@@ -86,7 +86,7 @@ class Splicer:
                 rows = (layout.batch, heads, (layout.i,), ())
                 by = self.arranged(match, operand, rows) if operand.axes else self.held(factor.node, factor.node)
                 query = self.scaled(target, query, by, match.query, operand)
-        value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), (layout.dv,)))
+        value = self.arranged(match, match.value, (layout.batch, layout.heads, (layout.j,), layout.width))
         # Under autocast the model's contractions read narrower operands than the graph shows.
         query, key, value = (
             node if operand.node.meta["val"].dtype == match.site.dtype else self.call(_ATEN.to.dtype, node, match.site.dtype)
@@ -138,7 +138,7 @@ class Splicer:
         """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something
         looks at them."""
         layout = match.layout
-        axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), (layout.dv,)]
+        axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), layout.width]
         # An axis that no operand has is one that the model broadcast, a query axis that vanished in a view: their sizes are one.
         target = [tuple(s for s in axis if any(s in group for group in axes)) for axis in match.output.axes]
         node = core
@@ -155,7 +155,12 @@ class Splicer:
         dtype = match.candidate.output.meta["val"].dtype
         if dtype != match.site.dtype:
             node = self.call(_ATEN.to.dtype, node, dtype)
-        return self.laid_out(node, old) if stride_sensitive(old) or self.shared_by_strides(old) else node
+        if not (stride_sensitive(old) or self.shared_by_strides(old)):
+            return node
+        example, traced = old.meta.get("example_value", old.meta.get("val")), match.candidate.output.meta["val"]
+        # An example whose axes the model changes in place later shows the later ones.
+        same = isinstance(example, torch.Tensor) and example.dim() == traced.dim()
+        return self.laid_out(node, memory_order(example if same else traced))
 
     def shared_by_strides(self, old: fx.Node) -> bool:
         """Whether strides decide that a later write to a reshaped ``old`` is one to ``old`` itself."""
@@ -171,9 +176,8 @@ class Splicer:
                 return True
         return False
 
-    def laid_out(self, node: fx.Node, old: fx.Node) -> fx.Node:
-        """``node`` with its axes in memory in the order that the model's own result has them."""
-        order = memory_order(old.meta.get("example_value", old.meta.get("val")))
+    def laid_out(self, node: fx.Node, order: list[int]) -> fx.Node:
+        """``node`` with its axes in memory in the given order, that of the model's own result."""
         if order == sorted(order):
             return self.call(_ATEN.contiguous.default, node)
         moved = self.call(_ATEN.contiguous.default, self.call(_ATEN.permute.default, node, order))

@@ -297,10 +297,11 @@ def kind(example: Any) -> tuple[Any, ...]:
     return torch.Tensor, example.dtype, example.device.type, example.dim()
 
 
-def difference(result: Any, example: Any) -> str | None:
+def difference(result: Any, example: Any, *, ranked: bool = True) -> str | None:
     """How a traced result differs from what Dynamo saw: then tracing missed something, and the result is opaque."""
     if not (isinstance(result, torch.Tensor) and isinstance(example, torch.Tensor)):
         return None
-    if (result.dtype, result.device.type, result.dim()) == (example.dtype, example.device.type, example.dim()):
+    same = (result.dtype, result.device.type) == (example.dtype, example.device.type)
+    if same and (result.dim() == example.dim() or not ranked):
         return None
     return f"it was traced as {result.dtype} of rank {result.dim()} and is {example.dtype} of rank {example.dim()}"

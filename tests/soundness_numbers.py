@@ -76,7 +76,7 @@ for _name, _f in {
     "mask": lambda p: p * torch.ones(5, 5).tril(), "offset": lambda p: p + 0.1,
     "half": lambda p: p[..., :4].repeat(1, 1, 1, 2)[..., :5],
 }.items():  # fmt: skip
-    add(f"probabilities through {_name}", 0, lambda q, k, v, f=_f: f((scores(q, k) * 2).softmax(-1)) @ v, *qkv())
+    add(f"probabilities through {_name}", int(_name == "mask"), lambda q, k, v, f=_f: f((scores(q, k) * 2).softmax(-1)) @ v, *qkv())
 add("scores through int", 0, lambda q, k, v: (scores(q, k) * 2).int().float().softmax(-1) @ v, *qkv())
 add("scores through fp8", 0, lambda q, k, v: (scores(q, k) * 2).to(torch.float8_e4m3fn).float().softmax(-1) @ v, *qkv())
 add("uint8 positions wrap", 1, lambda q, k, v: masked_by(q, k, v, later_of(A(300).to(torch.uint8))), *qkv(1, 1, 300))

@@ -101,6 +101,38 @@ def test_strides_that_somebody_reads(tail: str) -> None:
         assert got.stride() == want.stride()
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_result_that_is_given_other_axes_in_place(inner: str, looked_at: bool) -> None:
+    """Dynamo's example of such a result shows the later axes, not those that it was made with."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:
+        out = eager_attention(q, k, v, bias)
+        seen = out.view(2, -1) if looked_at else bias
+        out.unsqueeze_(2)
+        return torch.cat([out, out], 2), seen
+
+    args = inputs()
+    got, report = compiled(attend, *args, inner=inner)
+    assert len(report.sites) == 1
+    for a, b in zip(got, attend(*args), strict=True):
+        assert_same(a, b)
+
+
+def test_a_side_tensor_that_is_only_compared_gets_no_gradient() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT * 0.2).masked_fill(bias > 0.5, -1e4).softmax(-1) @ v
+
+    args = [a.requires_grad_() for a in inputs()]
+    got, report = compiled(attend, *args, inner="aot_eager")
+    assert len(report.sites) == 1
+    got.sum().backward()
+    want = torch.autograd.grad(attend(*args).sum(), args[:3])
+    assert args[3].grad is None
+    for a, b in zip(args, want, strict=False):
+        torch.testing.assert_close(a.grad, b, rtol=1e-4, atol=1e-5)
+
+
 def test_equal_layers_share_one_plan() -> None:
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

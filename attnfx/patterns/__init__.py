@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import fx
@@ -38,6 +38,7 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
     """Every attention of ``mirror`` in graph order, and what was refused, once for each place."""
     found: list[Match] = []
     missed: list[NearMiss] = []
+    others: dict[fx.Node, fx.Node] = {}
     for finder in _FINDERS:
         for item in finder(mirror):
             if isinstance(item, tuple):
@@ -47,20 +48,22 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
                 found.append(match(mirror, item))
             except (Refused, Stale) as refusal:
                 missed.append(NearMiss(item.normaliser, item.pattern, str(refusal), read=True))
+                others.setdefault(item.normaliser, item.output)
     told = {m.candidate.normaliser for m in found} | {m.node for m in missed} | {n for m in found for n in m.candidate.consumed}
     missed += [NearMiss(node, "lookalike", reason) for node, reason in lookalikes(mirror, told)]
-    found = [_beside(m, {n.node for n in missed}) for m in found]
+    lost = {m.node for m in missed if not m.read}
+    found = [_beside(m, others) for m in found if m.candidate.normaliser not in lost]
     found.sort(key=lambda m: mirror.position[m.candidate.output])
     found = distinct(found)
     return found, closest(mirror, found, missed)
 
 
-def _beside(found: Match, missed: set[fx.Node]) -> Match:
-    """``found``, noting that its probabilities also end where no attention was found, so that they are computed for that."""
-    way = found.candidate
-    if way.normaliser not in missed or way.also:
+def _beside(found: Match, others: Mapping[fx.Node, fx.Node]) -> Match:
+    """The match, with a product that is no attention named among those that read its probabilities (relative values)."""
+    other = others.get(found.candidate.normaliser)
+    if other is None or found.candidate.also:
         return found
-    return replace(found, candidate=replace(way, also="another product"))
+    return replace(found, candidate=replace(found.candidate, also=other.name))
 
 
 def recognise_linear(mirror: Mirror, found: list[Match], missed: list[NearMiss]) -> tuple[list[LinearMatch], list[NearMiss]]:

@@ -19,7 +19,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """The atoms of every canonical axis: batch, key head and group symbols, then query, key, head_dim and value_dim symbols."""
+    """The atoms of every canonical axis: batch, key head and group symbols, then query, key, head_dim and value_dim symbols.
+
+    ``beside``: further axes of the values' own (the coordinates of points), folded with ``dv`` into one.
+    """
 
     batch: tuple[sympy.Symbol, ...]
     heads: tuple[sympy.Symbol, ...]
@@ -28,6 +31,12 @@ class Layout:
     j: sympy.Symbol
     d: sympy.Symbol
     dv: sympy.Symbol
+    beside: tuple[sympy.Symbol, ...] = ()
+
+    @property
+    def width(self) -> tuple[sympy.Symbol, ...]:
+        """All axes of the values' own."""
+        return (*self.beside, self.dv)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from attnfx import expr
 from attnfx.capture import is_tensor, sizes
 from attnfx.expr import Expr, Int
 from attnfx.integers import floordiv
+from attnfx.patterns.equations import letters
 from attnfx.patterns.lift import Dot, Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument
 
@@ -31,10 +32,9 @@ class Contraction:
         """Both operands with the index at which result ``index`` and summation index ``t`` read them."""
         name = operation(self.node)
         if name == "aten.einsum":
-            a, b = _letters(str(self.node.args[0]))[:2]
-            out = _letters(str(self.node.args[0]))[2]
+            a, b, out = _letters(self.node)
             at = dict(zip(out, index, strict=True))
-            left, right = (tuple(at.get(x, t) for x in letters) for letters in (a, b))
+            left, right = (tuple(at.get(x, t) for x in given) for given in (a, b))
             return (self.left, _within(self.left, left)), (self.right, _within(self.right, right))
         if name == "aten.scaled_dot_product_attention":
             left, right = _broadcast(self.left, index[:-2]), _broadcast(self.right, _key_heads(self.node, index[:-2]))
@@ -56,7 +56,7 @@ class Contraction:
     def summed(self) -> sympy.Expr:
         """The size of the summed axis."""
         if operation(self.node) == "aten.einsum":
-            a, b, out = _letters(str(self.node.args[0]))
+            a, b, out = _letters(self.node)
             letter = next(x for x in a if x in b and x not in out)
             left = sizes(self.left)[a.index(letter)]
             return sizes(self.right)[b.index(letter)] if left == 1 else left
@@ -76,7 +76,7 @@ def contraction(node: fx.Node) -> Contraction | None:
         left, right = node.args[:2]
     elif name == "aten.sum":
         left, right = _multiplied(node)
-    elif name == "aten.einsum" and all(_letters(str(node.args[0]))):
+    elif name == "aten.einsum" and all(_letters(node)):
         left, right = _pair(node.args[1])
     else:
         return None
@@ -113,17 +113,16 @@ def _pair(operands: Any) -> tuple[Any, Any]:
     return first, second
 
 
-def _letters(equation: str) -> tuple[str, str, str]:
-    """Both operands' letters and the result's of a plain two-operand einsum that sums exactly one shared letter; '' if
-    it is not that."""
-    inputs, _, out = equation.replace(" ", "").partition("->")
-    a, _, b = inputs.partition(",")
-    if "," in b or "." in equation or "->" not in equation:
+def _letters(node: fx.Node) -> tuple[str, str, str]:
+    """Both operands' letters and the result's of a two-operand einsum that sums exactly one shared letter; '' if it is not
+    that."""
+    found = letters(node)
+    if found is None or len(found[0]) != 2:
         return "", "", ""
-    plain = all(len(set(x)) == len(x) for x in (a, b, out)) and set(out) <= set(a) | set(b)
+    (a, b), out = found
     shared = [x for x in a if x in b and x not in out]
     lost = [x for x in a + b if x not in out and x not in shared]
-    return (a, b, out) if plain and len(shared) == 1 and not lost else ("", "", "")
+    return (a, b, out) if len(shared) == 1 and not lost else ("", "", "")
 
 
 def _within(operand: fx.Node, index: Index) -> Index:
@@ -146,7 +145,22 @@ def _key_heads(node: fx.Node, batch: Index) -> Index:
     return (*batch[:-1], Int(floordiv(h.value, sympy.cancel(heads / shared))))
 
 
-@rule("aten.matmul", "aten.bmm", "aten.einsum", "aten.sum")
+@rule("aten.einsum")
+def _einsum(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """A contraction; or, where nothing is summed, a permutation of one tensor or the product of two."""
+    if contraction(node) is not None:
+        return expr.Load(Dot(node), index, node.meta["val"].dtype)
+    found = letters(node)
+    operands: list[fx.Node] = list(node.args[1])  # type: ignore[arg-type]
+    if found is None or len(operands) > 2 or set("".join(found[0])) != set(found[1]):
+        return None
+    at = dict(zip(found[1], index, strict=True))
+    read = (lifter.element(x, _within(x, tuple(at[c] for c in given))) for given, x in zip(found[0], operands, strict=True))
+    dtype = node.meta["val"].dtype
+    return next(read) if len(operands) == 1 else expr.mul(*read, dtype) if dtype.is_floating_point else None
+
+
+@rule("aten.matmul", "aten.bmm", "aten.sum")
 def _dot(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     return expr.Load(Dot(node), index, node.meta["val"].dtype) if contraction(node) is not None else None
 

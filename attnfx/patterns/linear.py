@@ -98,7 +98,7 @@ def _behind(node: fx.Node) -> Iterator[fx.Node]:
 def _described(mirror: Mirror, numbers: ValueNumbers, node: fx.Node, end: fx.Node) -> LinearMatch | None:
     """The reading of ``node`` with the most to say for it."""
     choices: list[LinearMatch] = []
-    for opened in openings(mirror, numbers, node, end):
+    for opened in _openings(mirror, numbers, node, end):
         waiting, seen = [frozenset[int]()], {frozenset[int]()}
         while waiting and len(seen) < _TRIES:
             atoms = waiting.pop(0)
@@ -109,6 +109,13 @@ def _described(mirror: Mirror, numbers: ValueNumbers, node: fx.Node, end: fx.Nod
                     seen.add(more)
                     waiting.append(more)
     return max(choices, key=lambda m: m.evidence, default=None)
+
+
+def _openings(mirror: Mirror, numbers: ValueNumbers, node: fx.Node, end: fx.Node) -> list[frozenset[fx.Node]]:
+    try:
+        return openings(mirror, numbers, node, end)
+    except Stale:  # an operand was changed in place and cannot be read
+        return []
 
 
 def _readings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -188,10 +189,9 @@ class _Attempt:
         rows = [s for s in order if s in used["q"] and s not in used["k"] and s not in used["v"] and s != self.j]
         # Where no axis belongs to queries alone, each has keys of its own, and is an attention with one query.
         self.i = self._queries(rows) if rows else self._vanished("row")
-        columns = [s for s in used["v"] if s not in order and s != self.j and s in self.extents.sizes]
-        if len(columns) > 1:
-            raise Refused("the values do not have exactly one axis of their own")
-        self.dv = columns[0] if columns else self._vanished("column")  # one number a key
+        placed = dict.fromkeys(s for x in self.index for s in sorted(expr.symbols(x), key=str))
+        columns = [s for s in placed if s in used["v"] and s not in order and s != self.j and s in self.extents.sizes]
+        *self.beside, self.dv = columns or [self._vanished("column")]  # one number a key
         self.batch = [s for s in dict.fromkeys(order) if s not in (self.i, self.j)]
         spread = [s for s in self.batch if s in used["k"] and s not in used["v"]]
         if not rows and spread:
@@ -218,7 +218,7 @@ class _Attempt:
     # The rest runs once no axis has to be split any more.
 
     def finish(self) -> Match:
-        alone = frozenset((self.i, self.j, self.d, self.dv))
+        alone = frozenset((self.i, self.j, self.d, *self.beside, self.dv))
         until = self.candidate.output
 
         def root(side: Sequence[tuple[fx.Node, Index]], reader: fx.Node, name: str) -> Operand:
@@ -276,7 +276,7 @@ class _Attempt:
         while rest and rest[-1] not in shared:
             groups.insert(0, rest.pop())
         heads = [rest.pop()] if rest else []
-        return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv)
+        return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv, tuple(self.beside))
 
     def _unscaled(self, operand: Operand) -> tuple[Operand, float]:
         """The operand before multiplications by numbers and widening casts, and the product of the numbers."""
@@ -348,7 +348,8 @@ class _Attempt:
         site = AttentionSite(
             batch=total(layout.batch), heads=sympy.expand(heads * total(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
-            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))), value_dim=self._number(layout.dv, "value head_dim"),
+            head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))),
+            value_dim=math.prod(self._number(s, "value head_dim") for s in layout.width),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
             side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),

@@ -38,9 +38,27 @@ def separate(z: Expr) -> Logits:
     if z.op == "add" and has_score(z.args[0]) != has_score(z.args[1]):
         scored, other = z.args if has_score(z.args[0]) else z.args[::-1]
         return _added(scored, other)
+    if z.op == "sub" and has_score(z.args[0]) and not has_score(z.args[1]):
+        return _added(z.args[0], negated(z.args[1]))
     if z.op in ("mul", "div") and has_score(z.args[0]) and isinstance(z.args[1], Const):
         return _scaled(z)
     return Logits(z)
+
+
+def negated(e: Expr) -> Expr:
+    """``-e``, which no rounding changes, with the sign taken as far inside as the numbers in it."""
+    if isinstance(e, Const) and e.dtype.is_floating_point:
+        return expr.constant(-e.value, e.dtype)
+    if isinstance(e, Call) and e.dtype.is_floating_point:
+        if e.op == "where":
+            return expr.where(e.args[0], negated(e.args[1]), negated(e.args[2]), e.dtype)
+        if e.op == "mul" and isinstance(e.args[1], Const):
+            return expr.mul(e.args[0], negated(e.args[1]), e.dtype)
+        if e.op == "mul" and isinstance(e.args[0], Const):
+            return expr.mul(negated(e.args[0]), e.args[1], e.dtype)
+        if e.op == "cast" and e.args[0].dtype.is_floating_point:
+            return expr.cast(negated(e.args[0]), e.dtype)
+    return expr.mul(e, expr.constant(-1.0, e.dtype), e.dtype) if e.dtype.is_floating_point else expr.call("neg", e, dtype=e.dtype)
 
 
 def widened(e: Expr) -> Expr:

@@ -210,3 +210,14 @@ def test_only_known_normalisers_are_read(bad: Any) -> None:
     data["linear"][0] = bad
     with pytest.raises(FormatError, match="linear is"):
         site_from_data(data, Reader(writer.nodes, 0))
+
+
+def test_a_product_whose_operand_was_changed_in_place_is_no_error() -> None:
+    def scaled(q: Tensor, k: Tensor) -> Tensor:
+        q = q.clone()
+        return torch.einsum("rihd,rjhd->hij", q.mul_(0.2), k)
+
+    q, k = torch.randn(2, 2, 5, 3, 4)
+    got, report = compiled(scaled, q, k)
+    assert not report.sites
+    torch.testing.assert_close(got, scaled(q, k))

@@ -102,6 +102,11 @@ def with_probabilities(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return p @ v, p
 
 
+def relative_values(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    return p @ v + torch.einsum("bhij,ijd->bhid", p, table)
+
+
 def talking_heads(q: Tensor, k: Tensor, v: Tensor, mix: Tensor) -> Tensor:
     return torch.einsum("gh,bhij->bgij", mix, scores(q, k)).softmax(-1) @ v
 
@@ -121,11 +126,25 @@ SPELLINGS: dict[str, Spelling] = {
     "einsum, heads last": Spelling(
         lambda q, k, v: torch.einsum("bhij,bjhd->bihd", (torch.einsum("bihd,bjhd->bhij", q, k) * 0.2).softmax(-1), v)
     ),
+    "einsum with an ellipsis": Spelling(
+        lambda q, k, v: torch.einsum("... i j, ... j d -> ... i d", (torch.einsum("...id,...jd->...ij", q, k) * 0.2).softmax(-1), v)
+    ),
+    "einsum with ellipses of different rank": Spelling(
+        lambda q, k, v: torch.einsum("...hij,...jd->...ihd", (torch.einsum("...ihd,...jd->...hij", q, k) * 0.2).softmax(-1), v),
+        ((B, S, H, D), (S, D), (S, D)),
+    ),
     "softmax over another axis, transposed": Spelling(lambda q, k, v: (k @ q.mT * 0.2).softmax(-2).mT @ v),
     "keys stored transposed": Spelling(
         lambda q, k, v: (q @ k.permute(0, 2, 3, 1) * 0.2).softmax(-1) @ v, ((B, H, S, D), (B, S, H, D), (B, H, S, D))
     ),
     "values of another width": Spelling(lambda q, k, v: scores(q, k).softmax(-1) @ v, ((B, H, S, D), (B, H, S, D), (B, H, S, 12))),
+    "values with two axes of their own": Spelling(
+        lambda q, k, v: torch.einsum("bhij,bhjdc->bihdc", scores(q, k).softmax(-1), v),
+        ((B, H, S, D), (B, H, S, D), (B, H, S, 4, 3)),
+    ),
+    "several values for the same probabilities": Spelling(
+        lambda q, k, v: torch.einsum("bhij,brjd->bhrid", scores(q, k).softmax(-1), v), ((B, H, S, D), (B, H, S, D), (B, 3, S, 5))
+    ),
     "three dimensions": Spelling(
         lambda q, k, v: torch.bmm((torch.bmm(q, k.transpose(1, 2)) * 0.2).softmax(-1), v), ((B, S, D),) * 3
     ),
@@ -151,6 +170,21 @@ SPELLINGS: dict[str, Spelling] = {
         lambda q, k, v, m: ((q @ k.mT + m) * 0.2).softmax(-1) @ v,
         formula="softmax((q·k + T0[i, j])·0.2 | full)",
         extra=(torch.randn(S, S),),
+    ),
+    "mask taken off": Spelling(
+        lambda q, k, v, m: (scores(q, k) - 1e30 * torch.einsum("ijbn->bnij", (m > 0.5).float())).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 | ¬(0.5 < T0[i, j, b, 0]) else +-1e+30)",
+        extra=(torch.rand(S, S, B, 1),),
+    ),
+    "bias taken off": Spelling(
+        lambda q, k, v, m: (scores(q, k) - m).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 + T0[i, j]·-1 | full)",
+        extra=(torch.randn(S, S),),
+    ),
+    "padding as an outer product": Spelling(
+        lambda q, k, v, m: scores(q, k).masked_fill(torch.einsum("bi,bj->bij", m, m)[:, None] == 0, LOW).softmax(-1) @ v,
+        formula="softmax((q·k)·0.2 | ¬(T0[b, i]·T0[b, j] = 0) else min(fp32))",
+        extra=((torch.arange(S) < torch.tensor([[S], [S - 4]])).float(),),
     ),
     "two additive terms": Spelling(
         lambda q, k, v, m, b: (scores(q, k) + b + m).softmax(-1) @ v,
@@ -203,6 +237,7 @@ SPELLINGS: dict[str, Spelling] = {
     "learned keys and values": Spelling(
         lambda x, w, e: torch.einsum("bse,ed->bsd", (x @ w).softmax(-1), e), ((B, S, D), (D, 3), (3, D)), "softmax(q·k | full)"
     ),
+    "relative values": Spelling(relative_values, extra=(torch.randn(S, S, D),)),
     # Not attention, or not one that can be replaced.
     "softmax over queries": Spelling(lambda q, k, v: scores(q, k).softmax(-2) @ v, formula=None),
     "softmax over heads": Spelling(lambda q, k, v: scores(q, k).softmax(1) @ v, formula=None),
@@ -228,7 +263,7 @@ def test_recognised_as(name: str) -> None:
 
 
 #: Left alone when these side tensors want gradients that no kernel computes.
-WITHOUT_GRADIENT = {"scale after the mask", "bloom"}
+WITHOUT_GRADIENT = {"scale after the mask", "bloom", "bias taken off"}
 
 
 @pytest.mark.parametrize("name", [n for n, case in SPELLINGS.items() if case.formula is not None and case.dtype == torch.float32])
@@ -244,8 +279,11 @@ def test_gradients(name: str) -> None:
     want = first(case.function(*arguments))
     weight = torch.randn_like(want)
     assert len(report.sites) == (name not in WITHOUT_GRADIENT)
-    for a, b in zip(torch.autograd.grad(first(got), inputs, weight), torch.autograd.grad(want, inputs, weight), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+    got_grads, want_grads = (torch.autograd.grad(first(o), inputs, weight, allow_unused=True) for o in (got, want))
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("fill", [NINF, LOW, -1e4], ids=["-inf", "finfo.min", "-1e4"])
