@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.expr import INDEX, Call, Expr, Int, Load
+from attnfx.expr import INDEX, Expr, Int, Load
 from attnfx.site import SideTensor
+from attnfx.summands import summands
 
 Kind = Literal["tile", "column", "row", "diagonal"]
 
 
 @dataclass(frozen=True)
 class BiasGradient:
-    """Side tensor ``slot`` is added to the logits with weight 1; ``axes``: what each of its axes means, "b", "h", "i", "j" or ""
-    (element 0).
+    """Side tensor ``slot`` is added to the logits, ``factor`` times; ``axes``: what each of its axes means, "b", "h", "i", "j"
+    or "" (element 0).
 
     ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see it), "diagonal" by i - j.
     The two flags say that b, h do not occur, so that the gradient is a sum over them.
@@ -30,6 +32,7 @@ class BiasGradient:
     batch_broadcast: bool
     head_broadcast: bool
     axes: tuple[str, ...]
+    factor: float = 1.0
 
 
 def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tuple[BiasGradient, ...] | tuple[str, ...]:
@@ -38,39 +41,42 @@ def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tupl
     ``tables``: the slots of relative tables, which are always of the form "diagonal".
     """
     wanted = [slot for slot, tensor in enumerate(side) if tensor.requires_grad]
-    terms = _terms(score)
+    parts = [(part, factor, {n for n in expr.walk(part) if isinstance(n, Load)}) for part, factor in summands(score)]
     found, reasons = [], []
     for slot in wanted:
-        uses = [n for n in expr.walk(score) if isinstance(n, Load) and n.slot == slot]
+        uses = [(part, factor) for part, factor, loads in parts if any(n.slot == slot for n in loads)]
         if not uses:
             continue
-        added = [t for t in terms if t == uses[0]]
-        axes = tuple(_axis(x) for x in uses[0].indices) if slot not in tables else ("h" if _axis(uses[0].indices[0]) else "", "i-j")
-        named = [a for a in axes if a]
-        if len(uses) > 1 or len(added) != 1 or None in axes or len(named) > len(set(named)):
+        first = uses[0][0] if isinstance(uses[0][0], Load) else None
+        axes = None if first is None else _axes(first, slot in tables)
+        factor = sum(c for _, c in uses)
+        if axes is None or any(part != first for part, _ in uses) or not math.isfinite(factor):
             reasons.append(
-                f"side tensor {slot} needs a gradient and is used as {_short(uses[0])}; a gradient is computed for a tensor "
-                "added once, with weight 1, and indexed by b, h, i, j themselves."
+                f"side tensor {slot} needs a gradient and is used as {_short(_odd(uses, axes is None))}; a gradient is "
+                "computed for a tensor that is added to the scores, times a number at most, and indexed by b, h, i, j themselves."
             )
         else:
-            found.append(_form(slot, tuple(a or "" for a in axes)))
+            found.append(_form(slot, axes, factor))
     return tuple(reasons) or tuple(found)
 
 
-def _form(slot: int, axes: tuple[str, ...]) -> BiasGradient:
+def _odd(uses: Sequence[tuple[Expr, float]], first: bool) -> Expr:
+    """The use that has no form: the ``first``, or the first that differs from it."""
+    return next((part for part, _ in uses if first or part != uses[0][0]), uses[0][0])
+
+
+def _form(slot: int, axes: tuple[str, ...], factor: float) -> BiasGradient:
     kind: Kind = "diagonal" if "i-j" in axes else "row" if "j" not in axes else "tile" if "i" in axes else "column"
-    return BiasGradient(slot, kind, "b" not in axes, "h" not in axes, axes)
+    return BiasGradient(slot, kind, "b" not in axes, "h" not in axes, axes, factor)
 
 
-def _terms(e: Expr) -> list[Expr]:
-    """What is summed, each with weight 1, under casts between float types."""
-    if isinstance(e, Call) and e.op == "add":
-        return [t for a in e.args for t in _terms(a)]
-    if isinstance(e, Call) and e.op == "sub":
-        return _terms(e.args[0])
-    if isinstance(e, Call) and e.op == "cast" and e.dtype.is_floating_point and e.args[0].dtype.is_floating_point:
-        return _terms(e.args[0])
-    return [e]
+def _axes(load: Load, relative: bool) -> tuple[str, ...] | None:
+    """What each axis of the tensor means in ``load``; None where one means nothing known or two mean the same."""
+    if relative:
+        return "h" if _axis(load.indices[0]) else "", "i-j"
+    axes = [_axis(x) for x in load.indices]
+    named = [a for a in axes if a]
+    return None if None in axes or len(named) > len(set(named)) else tuple(a or "" for a in axes)
 
 
 def _axis(index: Expr) -> str | None:
@@ -89,6 +95,8 @@ def _short(e: Expr) -> str:
 
 def to_layout(gradient: BiasGradient, total: Tensor, like: Tensor) -> Tensor:
     """``total``, summed as (BB, BH, ...) in the order b, h, i, j (or b, h, i - j), as the gradient of ``like``."""
+    if gradient.factor != 1.0:
+        total = total * gradient.factor
     order = {"tile": "bhij", "column": "bhj", "row": "bhi"}.get(gradient.kind)
     named = ["b", "h", "i-j"] if order is None else list(order)
     for axis in range(len(named) - 1, -1, -1):

@@ -338,9 +338,12 @@ def _read_table(data: Json, reader: Reader, side: int) -> Table:
 
 
 def _read_gradient(data: Json, side: int) -> BiasGradient:
-    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes"))
+    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes", "factor"))
     axes = _items(data["axes"], "axes")
     kind, slot, known = data["kind"], _slot(data["slot"], side), ("", "b", "h", "i", "j", "i-j")
     if kind not in ("tile", "column", "row", "diagonal") or any(a not in known for a in axes):
         raise FormatError(f"a gradient is {kind!r} of {axes}; known: tile, column, row, diagonal of b, h, i, j, i-j")
-    return BiasGradient(slot, kind, _flag(data, "batch_broadcast"), _flag(data, "head_broadcast"), tuple(axes))
+    factor = data["factor"]
+    if type(factor) is not float or not math.isfinite(factor):
+        raise FormatError(f"factor is {factor!r}; it is a finite float")
+    return BiasGradient(slot, kind, _flag(data, "batch_broadcast"), _flag(data, "head_broadcast"), tuple(axes), factor)
