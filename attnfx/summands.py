@@ -13,7 +13,7 @@ def summands(e: Expr, factor: float = 1.0) -> Iterator[tuple[Expr, float]]:
 
     >>> from attnfx.expr import Score
     >>> [(str(part), c) for part, c in summands((Score() - 2.0) * 0.5)]
-    [('q.k', 0.5), ('2.0', -0.5)]
+    [('q·k', 0.5), ('2', -0.5)]
     """
     if isinstance(e, Call) and e.dtype.is_floating_point:
         first, *rest = e.args

@@ -19,6 +19,7 @@ from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     softmax,
 )
 from attnfx.patterns.candidate import Candidate, Refused
+from attnfx.patterns.learned import Reading
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.lookalikes import lookalikes
@@ -54,6 +55,16 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
     found.sort(key=lambda m: mirror.position[m.candidate.output])
     found = distinct(found)
     return found, closest(mirror, found, missed)
+
+
+def plainer(mirror: Mirror, found: Match) -> Iterator[Match]:
+    """Other exact readings of ``found`` that take more of what is learned for data, the next best first."""
+    readings: tuple[Reading, ...] = ("sum", "data")
+    for reading in readings:
+        try:
+            yield match(mirror, found.candidate, reading)
+        except (Refused, Stale):
+            continue
 
 
 def recognise_linear(mirror: Mirror, found: list[Match], missed: list[NearMiss]) -> tuple[list[LinearMatch], list[NearMiss]]:
