@@ -13,22 +13,25 @@ from torch import fx
 
 from attnfx import counting, patterns
 from attnfx import measure as measuring
-from attnfx.capture import Mirror, capture
+from attnfx.capture import capture
 from attnfx.composites import expand_composites
 from attnfx.decide import Decision, decide
-from attnfx.errors import AttnfxError, AttnfxWarning, UnknownOption, VerificationError
+from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
 from attnfx.inner import compile_inner
 from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering.plan import KernelPlan
+from attnfx.mirror import Mirror
 from attnfx.nodes import Load, walk
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
+from attnfx.policy import Policy
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
+from attnfx.site import Origin
 from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
 
 #: Where reports of compiles go while somebody is listening.
@@ -175,8 +178,8 @@ def _serve(
     """Decide one match and splice the decision in."""
     origin = origin_of(mirror, match.candidate.output)
     name = prefix + origin.node
-    site = match.site.replace(origin=origin)
-    decision = decide(site, options.policy)
+    match, decision = _decided(mirror, match, origin, options.policy)
+    site = match.site
     if match.candidate.output not in mirror.dynamo_of:
         inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
         return _lost(mirror, match, inside)
@@ -199,6 +202,29 @@ def _serve(
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
         exact=decision.exact, kernel=_source(decision), source=origin.source,
     )  # fmt: skip
+
+
+def _decided(mirror: Mirror, match: Match, origin: Origin, policy: Policy) -> tuple[Match, Decision]:
+    """What runs a match; where nothing has the gradient of a learned bias's formula, the bias is read as the model computed it.
+
+    Raises Objection as :func:`decide` does.
+    """
+    try:
+        decision, objection = decide(match.site.replace(origin=origin), policy), None
+    except Objection as raised:
+        decision, objection = None, raised
+    if (decision is None or decision.kernel is None) and any(t.requires_grad for t in match.site.side):
+        for other in patterns.plainer(mirror, match):
+            try:
+                found = decide(other.site.replace(origin=origin), policy)
+            except Objection:
+                continue
+            if found.kernel is not None:
+                return other, replace(found, reason=f"{found.reason}; its learned bias is read as the model computed it")
+    if objection is not None:
+        raise objection
+    assert decision is not None
+    return match, decision
 
 
 def _kept(mirror: Mirror, linear: LinearMatch, options: Options) -> SiteReport:

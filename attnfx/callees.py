@@ -11,7 +11,8 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror, Tracer, traced
+from attnfx.capture import Tracer, traced
+from attnfx.mirror import Mirror
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror, opaque
+from attnfx.capture import opaque
+from attnfx.mirror import Mirror
 from attnfx.patterns.lift import operation
 
 _ATTENTION = ("aten.scaled_dot_product_attention", "aten.softmax", "aten._softmax")

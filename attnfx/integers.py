@@ -82,7 +82,10 @@ class Ranges:
             return None
         if self._sign(slope) > 0:
             return e.subs(atom, 0)
-        return e.subs(atom, divisor - 1) if isinstance(atom, Mod | PythonMod) else None
+        if isinstance(atom, Mod | PythonMod):
+            return e.subs(atom, divisor - 1)
+        most = self.maximum(base)
+        return e.subs(atom, most // divisor) if most is not None and most.is_Integer and divisor.is_Integer else None
 
 
 def floordiv(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.Expr:
@@ -150,7 +153,7 @@ def _below(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None) -> bool:
 
 
 def replace(e: sympy.Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges | None = None) -> sympy.Expr:
-    """``e`` with symbols replaced, re-simplifying every floor-division and modulo on the way up."""
+    """``e`` with symbols replaced, re-simplifying every floor-division and modulo on the way up, and sums of digits."""
     if not e.args:
         return mapping.get(e, e)
     args = [replace(a, mapping, ranges) for a in e.args]
@@ -158,4 +161,5 @@ def replace(e: sympy.Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: R
         return floordiv(args[0], args[1], ranges)
     if isinstance(e, Mod | PythonMod):
         return modulo(args[0], args[1], ranges)
-    return sympy.expand(e.func(*args))
+    made = sympy.expand(e.func(*args))
+    return recombined(made) if made.is_Add and made.has(Mod, PythonMod) else made

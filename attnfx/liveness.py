@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror, is_tensor
+from attnfx.mirror import Mirror, is_tensor
 
 #: Operations that read the sizes of a tensor and nothing of its elements.
 _SIZES = ("aten.sym_size", "aten.sym_numel", "aten.sym_stride", "aten.sym_storage_offset")

@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from attnfx.capture import Mirror
+from attnfx.mirror import Mirror
 from attnfx.site import Origin
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)')

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror, as_sympy, is_tensor
 from attnfx.integers import FloorDiv, Mod
+from attnfx.mirror import Mirror, as_sympy, is_tensor
 from attnfx.patterns.axes import Axis, Operand
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.versions import Past, as_read, hidden_by

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfx.capture import Mirror
 from attnfx.levels import closed
+from attnfx.mirror import Mirror
 
 #: Operators that run their first argument, a graph, once, with the rest of their arguments.
 _CALLS = ("tag_activation_checkpoint", "wrap")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from graphs import compiled, dynamo_graph
 from torch import Tensor
 
-from attnfx.capture import capture, is_tensor, opaque, sizes
+from attnfx.capture import capture, opaque
+from attnfx.mirror import is_tensor, sizes
 from attnfx.patterns.lift import operation
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from attnfx import trace_memo
 from attnfx.backend import rewrite
-from attnfx.capture import Mirror, capture
+from attnfx.capture import capture
+from attnfx.mirror import Mirror
 from attnfx.options import Options
 
 

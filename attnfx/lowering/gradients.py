@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import sympy
 import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.expr import INDEX, Call, Expr, Int, Load
+from attnfx.evaluate import evaluate
+from attnfx.expr import INDEX, Expr, Int, Load
 from attnfx.site import SideTensor
+from attnfx.summands import summands
 
 Kind = Literal["tile", "column", "row", "diagonal"]
+#: What one axis of a side tensor means: "b", "h", "i", "j" or "i-j" themselves, "" for element 0, or a formula of b and h (an
+#: axis that folds both, ``H * b + h``, or key heads, ``h // G``).
+Axis = str | Int
 
 
 @dataclass(frozen=True)
 class BiasGradient:
-    """Side tensor ``slot`` is added to the logits with weight 1; ``axes``: what each of its axes means, "b", "h", "i", "j" or ""
-    (element 0).
+    """Side tensor ``slot`` is added to the logits, ``factor`` times; ``axes``: what each of its axes means.
 
     ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see it), "diagonal" by i - j.
     The two flags say that b, h do not occur, so that the gradient is a sum over them.
@@ -29,7 +35,12 @@ class BiasGradient:
     kind: Kind
     batch_broadcast: bool
     head_broadcast: bool
-    axes: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.factor):
+            raise ValueError(f"the factor of a gradient is {self.factor}; it is finite")
 
 
 def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tuple[BiasGradient, ...] | tuple[str, ...]:
@@ -38,48 +49,54 @@ def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tupl
     ``tables``: the slots of relative tables, which are always of the form "diagonal".
     """
     wanted = [slot for slot, tensor in enumerate(side) if tensor.requires_grad]
-    terms = _terms(score)
+    parts = [(part, factor, {n for n in expr.walk(part) if isinstance(n, Load)}) for part, factor in summands(score)]
     found, reasons = [], []
     for slot in wanted:
-        uses = [n for n in expr.walk(score) if isinstance(n, Load) and n.slot == slot]
+        uses = [(part, factor) for part, factor, loads in parts if any(n.slot == slot for n in loads)]
         if not uses:
             continue
-        added = [t for t in terms if t == uses[0]]
-        axes = tuple(_axis(x) for x in uses[0].indices) if slot not in tables else ("h" if _axis(uses[0].indices[0]) else "", "i-j")
-        named = [a for a in axes if a]
-        if len(uses) > 1 or len(added) != 1 or None in axes or len(named) > len(set(named)):
+        first = uses[0][0] if isinstance(uses[0][0], Load) else None
+        axes = None if first is None else _axes(first, slot in tables)
+        factor = sum(c for _, c in uses)
+        if axes is None or any(part != first for part, _ in uses) or not math.isfinite(factor):
             reasons.append(
-                f"side tensor {slot} needs a gradient and is used as {_short(uses[0])}; a gradient is computed for a tensor "
-                "added once, with weight 1, and indexed by b, h, i, j themselves."
+                f"side tensor {slot} needs a gradient and is used as {_short(_odd(uses, axes is None))}; a gradient is "
+                "computed for a tensor added to the scores, times a number at most, and indexed by i, j themselves, b and h."
             )
         else:
-            found.append(_form(slot, tuple(a or "" for a in axes)))
+            found.append(_form(slot, axes, factor))
     return tuple(reasons) or tuple(found)
 
 
-def _form(slot: int, axes: tuple[str, ...]) -> BiasGradient:
+def _odd(uses: Sequence[tuple[Expr, float]], first: bool) -> Expr:
+    """The use that has no form: the ``first``, or the first that differs from it."""
+    return next((part for part, _ in uses if first or part != uses[0][0]), uses[0][0])
+
+
+def _form(slot: int, axes: tuple[Axis, ...], factor: float) -> BiasGradient:
     kind: Kind = "diagonal" if "i-j" in axes else "row" if "j" not in axes else "tile" if "i" in axes else "column"
-    return BiasGradient(slot, kind, "b" not in axes, "h" not in axes, axes)
+    known = {a for a in axes if isinstance(a, str)} | {n for a in axes if isinstance(a, Int) for n in "bh" if expr.depends_on(a, n)}
+    return BiasGradient(slot, kind, "b" not in known, "h" not in known, axes, factor)
 
 
-def _terms(e: Expr) -> list[Expr]:
-    """What is summed, each with weight 1, under casts between float types."""
-    if isinstance(e, Call) and e.op == "add":
-        return [t for a in e.args for t in _terms(a)]
-    if isinstance(e, Call) and e.op == "sub":
-        return _terms(e.args[0])
-    if isinstance(e, Call) and e.op == "cast" and e.dtype.is_floating_point and e.args[0].dtype.is_floating_point:
-        return _terms(e.args[0])
-    return [e]
+def _axes(load: Load, relative: bool) -> tuple[Axis, ...] | None:
+    """What each axis of the tensor means in ``load``; None where one means nothing known or two mean the same."""
+    if relative:
+        return "h" if _axis(load.indices[0]) else "", "i-j"
+    axes = [_axis(x) for x in load.indices]
+    named = [a for a in axes if a and isinstance(a, str)]
+    known = tuple(a for a in axes if a is not None)
+    return None if len(known) < len(axes) or len(named) > len(set(named)) else known
 
 
-def _axis(index: Expr) -> str | None:
-    """The name of an index symbol, "" for element 0, None for anything else."""
-    if isinstance(index, Int):
-        if index.value == 0:
-            return ""
-        return next((name for name, symbol in INDEX.items() if index.value == symbol), None)
-    return None
+def _axis(index: Expr) -> Axis | None:
+    """The name of an index symbol, "" for element 0, a formula without i and j as itself, None for anything else."""
+    if not isinstance(index, Int):
+        return None
+    if index.value == 0:
+        return ""
+    plain = next((name for name, symbol in INDEX.items() if index.value == symbol), None)
+    return plain or (None if expr.depends_on(index, "i", "j") else index)
 
 
 def _short(e: Expr) -> str:
@@ -87,19 +104,44 @@ def _short(e: Expr) -> str:
     return text if len(text) < 200 else text[:197] + "..."
 
 
-def to_layout(gradient: BiasGradient, total: Tensor, like: Tensor) -> Tensor:
-    """``total``, summed as (BB, BH, ...) in the order b, h, i, j (or b, h, i - j), as the gradient of ``like``."""
-    order = {"tile": "bhij", "column": "bhj", "row": "bhi"}.get(gradient.kind)
-    named = ["b", "h", "i-j"] if order is None else list(order)
+def to_layout(gradient: BiasGradient, total: Tensor, like: Tensor, values: Mapping[sympy.Symbol, int]) -> Tensor:
+    """``total``, summed as (BB, BH, ...) in the order b, h, i, j (or b, h, i - j), as the gradient of ``like``.
+
+    ``values``: what the plan's size symbols are. Where several b, h share an element of ``like``, these are added up.
+    """
+    if gradient.factor != 1.0:
+        total = total * gradient.factor
+    named = ["b", "h", *{"tile": ("i", "j"), "column": ("j",), "row": ("i",), "diagonal": ("i-j",)}[gradient.kind]]
+    axes = [a if isinstance(a, str) else "" for a in gradient.axes]
+    if any(isinstance(a, Int) for a in gradient.axes):
+        folded = [d for d, a in enumerate(gradient.axes) if isinstance(a, Int) or a in ("b", "h")]
+        total, named = _spread(gradient, total, like, folded, values), [*(f"axis {d}" for d in folded), *named[2:]]
+        axes = [f"axis {d}" if d in folded else a for d, a in enumerate(axes)]
     for axis in range(len(named) - 1, -1, -1):
-        if named[axis] not in gradient.axes:
+        if named[axis] not in axes:
             total = total.sum(axis)
             del named[axis]
-    kept = [a for a in gradient.axes if a]
+    kept = [a for a in axes if a]
     total = total.permute([named.index(a) for a in kept]).to(like.dtype)
-    place = tuple(slice(0, total.shape[kept.index(a)]) if a else 0 for a in gradient.axes)
-    if all(a or like.shape[d] == 1 for d, a in enumerate(gradient.axes)) and total.numel() == like.numel():
+    place = tuple(slice(0, total.shape[kept.index(a)]) if a else 0 for a in axes)
+    if all(a or like.shape[d] == 1 for d, a in enumerate(axes)) and total.numel() == like.numel():
         return total.reshape(like.shape).contiguous()
     grad = torch.zeros_like(like, memory_format=torch.contiguous_format)
     grad[place] = total
     return grad
+
+
+def _spread(gradient: BiasGradient, total: Tensor, like: Tensor, axes: Sequence[int], values: Mapping[sympy.Symbol, int]) -> Tensor:
+    """``total`` with its b and h, (BB, BH, ...), replaced by those ``axes`` of ``like`` that b and h choose an element of."""
+    grid = {
+        "b": torch.arange(total.shape[0], device=total.device)[:, None],
+        "h": torch.arange(total.shape[1], device=total.device),
+    }
+    at = torch.zeros(total.shape[:2], dtype=torch.int64, device=total.device)
+    for d in axes:
+        axis = gradient.axes[d]
+        at = at * like.shape[d] + evaluate(Int(INDEX[axis]) if isinstance(axis, str) else axis, grid, (), values)
+    sizes = [like.shape[d] for d in axes]
+    flat = total.flatten(0, 1)
+    summed = flat.new_zeros(math.prod(sizes), *flat.shape[1:]).index_add_(0, at.flatten(), flat)
+    return summed.view(*sizes, *flat.shape[1:])

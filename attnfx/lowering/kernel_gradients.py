@@ -26,7 +26,8 @@ def backward(
     text: str,
 ) -> list[Tensor]:
     """The same contract as `portable.backward`; ``text`` is the plan's JSON."""
-    numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), loads)
+    values = plan.values(sizes, k.shape[2], loads)
+    numbers = codegen.ints(plan, values, loads)
     program, tensors = codegen.program_of(text), codegen.pointers(plan, loads)
     residuals = flash.Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
     dropout = plan.site.dropout
@@ -46,5 +47,5 @@ def backward(
                 program, q, k, v, result.out, residuals, grad_out, tensors, numbers, kind=g.kind, batch_broadcast=g.batch_broadcast,
                 head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
             )  # fmt: skip
-        grads.append(to_layout(g, total, loads[g.slot]))
+        grads.append(to_layout(g, total, loads[g.slot], values))
     return grads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.expr import Const, Expr, Load
+from attnfx.expr import Const, Expr, Int, Load
 from attnfx.facts import Facts, prove
 from attnfx.lowering import tables as relative
 from attnfx.lowering.derivative import derivative, has_score, widened
@@ -163,7 +162,7 @@ class KernelPlan:
         data = {
             "attnfx": VERSION, "family": self.family, "exact_rows": self.exact_rows,
             "symbols": [write_symbol(s) for s in self.symbols], "site": site, "tables": tables,
-            "gradients": [dataclasses.asdict(g) for g in self.gradients], "nodes": writer.nodes,
+            "gradients": [_gradient_data(g, writer) for g in self.gradients], "nodes": writer.nodes,
         }  # fmt: skip
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
@@ -310,7 +309,7 @@ def _load(text: str) -> KernelPlan:
     site = site_from_data(data["site"], reader)
     side, symbols = len(site.side), tuple(read_symbol(s) for s in _items(data["symbols"], "symbols"))
     tables = tuple(_read_table(t, reader, side) for t in _items(data["tables"], "tables"))
-    gradients = tuple(_read_gradient(g, side) for g in _items(data["gradients"], "gradients"))
+    gradients = tuple(_read_gradient(g, reader, side) for g in _items(data["gradients"], "gradients"))
     return KernelPlan(site, data["family"], tables, gradients, data["exact_rows"], symbols)
 
 
@@ -337,10 +336,18 @@ def _read_table(data: Json, reader: Reader, side: int) -> Table:
     return Table(_slot(data["slot"], side), reader.get(data["recipe"]), _flag(data, "per_head"))
 
 
-def _read_gradient(data: Json, side: int) -> BiasGradient:
-    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes"))
-    axes = _items(data["axes"], "axes")
+def _gradient_data(gradient: BiasGradient, writer: Writer) -> dict[str, Json]:
+    return {**vars(gradient), "axes": [a if isinstance(a, str) else writer.add(a) for a in gradient.axes]}
+
+
+def _read_gradient(data: Json, reader: Reader, side: int) -> BiasGradient:
+    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes", "factor"))
+    axes = [a if isinstance(a, str) else reader.get(a) for a in _items(data["axes"], "axes")]
     kind, slot, known = data["kind"], _slot(data["slot"], side), ("", "b", "h", "i", "j", "i-j")
-    if kind not in ("tile", "column", "row", "diagonal") or any(a not in known for a in axes):
+    if kind not in ("tile", "column", "row", "diagonal") or not all(isinstance(a, Int) or a in known for a in axes):
         raise FormatError(f"a gradient is {kind!r} of {axes}; known: tile, column, row, diagonal of b, h, i, j, i-j")
-    return BiasGradient(slot, kind, _flag(data, "batch_broadcast"), _flag(data, "head_broadcast"), tuple(axes))
+    factor = data["factor"]
+    if type(factor) is not float or not math.isfinite(factor):
+        raise FormatError(f"factor is {factor!r}; it is a finite float")
+    broadcast = _flag(data, "batch_broadcast"), _flag(data, "head_broadcast")
+    return BiasGradient(slot, kind, *broadcast, cast(tuple[str | Int, ...], tuple(axes)), factor)

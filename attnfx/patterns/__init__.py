@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from attnfx.capture import Mirror
+from attnfx.mirror import Mirror
 from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     flex,
     late_division,
@@ -20,6 +20,7 @@ from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     softmax,
 )
 from attnfx.patterns.candidate import Candidate, Refused
+from attnfx.patterns.learned import Reading
 from attnfx.patterns.lift import Stale
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.lookalikes import lookalikes
@@ -64,6 +65,16 @@ def _beside(found: Match, others: Mapping[fx.Node, fx.Node]) -> Match:
     if other is None or found.candidate.also:
         return found
     return replace(found, candidate=replace(found.candidate, also=other.name))
+
+
+def plainer(mirror: Mirror, found: Match) -> Iterator[Match]:
+    """Other exact readings of ``found`` that take more of what is learned for data, the next best first."""
+    readings: tuple[Reading, ...] = ("sum", "data")
+    for reading in readings:
+        try:
+            yield match(mirror, found.candidate, reading)
+        except (Refused, Stale):
+            continue
 
 
 def recognise_linear(mirror: Mirror, found: list[Match], missed: list[NearMiss]) -> tuple[list[LinearMatch], list[NearMiss]]:

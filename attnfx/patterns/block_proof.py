@@ -13,8 +13,8 @@ import sympy
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr
+from attnfx.mirror import Mirror, sizes
 from attnfx.patterns.lift import operation
 from attnfx.patterns.lift_moves import argument, integer_of
 

@@ -11,9 +11,9 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.callees import derive
-from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
 from attnfx.integers import Ranges
+from attnfx.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.block_proof import blocked_mask, same
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, Lifter

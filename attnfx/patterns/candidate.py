@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import sympy
 from torch import fx
 
-from attnfx.capture import Mirror
 from attnfx.expr import Expr
+from attnfx.mirror import Mirror
 from attnfx.patterns.lift import Index, Lifter
 
 

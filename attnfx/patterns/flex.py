@@ -20,8 +20,9 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.callees import Subgraph, derive, subgraph
-from attnfx.capture import Mirror, called, is_tensor, sizes
+from attnfx.capture import called
 from attnfx.expr import Expr
+from attnfx.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.blocks import BlockTable, block_table
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Dot, Index, Lifter

@@ -8,8 +8,8 @@ import sympy
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import as_sympy, sizes
 from attnfx.expr import Expr, Int
+from attnfx.mirror import as_sympy, sizes
 from attnfx.patterns.lift import Index, Lifter, operation, reshaped
 from attnfx.patterns.lift_moves import argument, integer_of
 

@@ -11,16 +11,19 @@ import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, as_sympy, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
 from attnfx.integers import Ranges, floordiv, modulo, recombined
+from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
+
+if TYPE_CHECKING:
+    from attnfx.patterns.learned import Learned
 
 Index = tuple[Expr, ...]
 Rule = Callable[["Lifter", fx.Node, Index], Expr | None]
@@ -79,7 +82,7 @@ class Lifter:
 
     ``at``: the node for which elements are read; ``inner``: the symbols of queries and keys; ``stop``: a node that is not
     looked behind; ``course``: nodes that are always looked
-    behind, their dropout as if it dropped nothing.
+    behind, their dropout as if it dropped nothing; ``learned``: which nodes that autograd follows are data.
     """
 
     #: Operations that are data to a kind of lifter, although there is a rule for them.
@@ -94,10 +97,12 @@ class Lifter:
         inner: tuple[sympy.Symbol, sympy.Symbol] | None = None,
         stop: fx.Node | None = None,
         course: frozenset[fx.Node] = frozenset(),
+        learned: Learned | None = None,
     ) -> None:
         self.mirror = mirror
         self.stop = stop
         self.course = course
+        self.learned = learned
         self.ranges = ranges
         self.at = at
         self.inner = inner
@@ -108,7 +113,8 @@ class Lifter:
         """What was lifted so far, shared by all lifters of the mirror that would lift the same: equal layers read one mask."""
         if type(self) is not Lifter:
             return {}  # it has rules of its own
-        return self.mirror.lifted.setdefault((self.known, self.inner, self.stop, self.course, self.mirror.outlook(self.at)), {})
+        how = (self.known, self.inner, self.stop, self.course, self.learned, self.mirror.outlook(self.at))
+        return self.mirror.lifted.setdefault(how, {})
 
     @cached_property
     def known(self) -> Hashable:
@@ -152,6 +158,8 @@ class Lifter:
         if found is None:
             return leaf
         loadable = node not in self.course and not self.mirror.overwritten(node, self.at)
+        if loadable and self.learned is not None and self.learned.is_data(self.mirror, node, found):
+            return leaf
         return leaf if loadable and self.worth_loading(found, index) else found
 
     def _literal(self, node: fx.Node) -> Expr | None:

@@ -9,8 +9,8 @@ import sympy
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import as_sympy, is_tensor, sizes
 from attnfx.expr import Expr, Int
+from attnfx.mirror import as_sympy, is_tensor, sizes
 from attnfx.patterns.lift import Index, Lifter, rule
 from attnfx.patterns.lift_moves import argument, integer_of
 

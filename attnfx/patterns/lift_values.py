@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import is_tensor
 from attnfx.expr import Expr, Int
 from attnfx.integers import Ranges
+from attnfx.mirror import is_tensor
 from attnfx.patterns.lift import Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument, integer_of
 

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Load, Score
 from attnfx.feature_maps import IDENTITY, FeatureMap
+from attnfx.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents, Operand, understood
 from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.evidence import activation, aligned_tokens, same_operand

@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
+from attnfx.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.added import place, summation, summed_with
 from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, through_scaling, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
+from attnfx.patterns.learned import Learned, Reading, products
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
 from attnfx.patterns.probabilities import descends, factor
 from attnfx.patterns.program import ScoreFactor, canonical, narrowed, numbered, program, without_factors
@@ -52,8 +53,9 @@ class Match:
     further: Further = ()
 
 
-def match(mirror: Mirror, candidate: Candidate) -> Match:
-    """Raises Refused with the reason where the candidate is not an attention that can be rewritten exactly."""
+def match(mirror: Mirror, candidate: Candidate, reading: Reading = "formula") -> Match:
+    """Raises Refused with the reason where the candidate is not an attention that can be rewritten exactly. ``reading``: of
+    learned biases."""
     out = sizes(candidate.output)
     symbols = tuple(sympy.Symbol(f"o{k}", integer=True, nonnegative=True) for k in range(len(out)))
     index: Index = tuple(map(Int, symbols))
@@ -61,7 +63,7 @@ def match(mirror: Mirror, candidate: Candidate) -> Match:
     first: Refused | None = None
     for rank in range(_PRODUCTS):
         try:
-            return _matched(mirror, candidate, index, extents, rank)
+            return _matched(mirror, candidate, index, extents, rank, reading)
         except Refused as refusal:
             first = first or refusal
             if isinstance(refusal, NoProduct):
@@ -78,10 +80,10 @@ class NoProduct(Refused):
     """No further product in the logits can be the scores."""
 
 
-def _matched(mirror: Mirror, candidate: Candidate, index: Index, extents: Extents, rank: int) -> Match:
+def _matched(mirror: Mirror, candidate: Candidate, index: Index, extents: Extents, rank: int, reading: Reading) -> Match:
     """The match that takes the product of the given ``rank`` for the scores."""
     for _ in range(8):
-        attempt = _Attempt(mirror, candidate, index, extents, rank)
+        attempt = _Attempt(mirror, candidate, index, extents, rank, reading)
         try:
             split = attempt.wanted_split()
         except Stale as stale:
@@ -96,8 +98,8 @@ def _matched(mirror: Mirror, candidate: Candidate, index: Index, extents: Extent
 class _Attempt:
     """One reading of a candidate with the result's axes written in given symbols."""
 
-    def __init__(self, mirror: Mirror, candidate: Candidate, index: Index, extents: Extents, rank: int) -> None:
-        self.mirror, self.candidate, self.index, self.rank = mirror, candidate, index, rank
+    def __init__(self, mirror: Mirror, candidate: Candidate, index: Index, extents: Extents, rank: int, reading: Reading) -> None:
+        self.mirror, self.candidate, self.index, self.rank, self.reading = mirror, candidate, index, rank, reading
         self.j = sympy.Symbol("t", integer=True, nonnegative=True)
         self.d = sympy.Symbol("d", integer=True, nonnegative=True)
         self.extents = Extents({**extents.sizes, self.j: candidate.summed}, extents.known)
@@ -317,6 +319,7 @@ class _Attempt:
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float, further: Further
     ) -> tuple[AttentionSite, tuple[Past, ...], Factors]:
         lifter = self.new_lifter((self.i, self.j))
+        lifter.learned = Learned(self.reading, products(self.sum) or frozenset({self.dot}), self.i, self.j)
         z = self.candidate.logits(lifter, self.weights)
         z = expr.rebuild(z, lambda n: expr.Score() if n == self.sum or self._is_product(n) else None)
         if scale != 1.0:

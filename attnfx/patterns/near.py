@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnfx.capture import Mirror
+from attnfx.mirror import Mirror
 from attnfx.patterns.matcher import Match
 
 

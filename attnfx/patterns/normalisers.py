@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, is_tensor
 from attnfx.expr import Expr, Load, Score
 from attnfx.feature_maps import RAW
+from attnfx.mirror import Mirror, is_tensor
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, operation
 from attnfx.patterns.products import Divisor, Factor, Product, scale, sums_of

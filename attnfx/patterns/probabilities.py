@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror
 from attnfx.expr import Call, Const, Expr, Load
+from attnfx.mirror import Mirror
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import has_rule, operation

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, as_sympy, is_tensor, sizes
 from attnfx.expr import Expr, Int, Load
+from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.equations import letters
 from attnfx.patterns.lift import _MOVES, _RULES, Index, Lifter, Stale, operation

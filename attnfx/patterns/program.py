@@ -11,10 +11,10 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror
 from attnfx.expr import INDEX, Expr, Load
 from attnfx.facts import prove
 from attnfx.integers import Ranges, floordiv, modulo
+from attnfx.mirror import Mirror
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.lift import Dot, operation

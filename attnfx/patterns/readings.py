@@ -9,8 +9,8 @@ import sympy
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, sizes
 from attnfx.expr import Expr, Int, Load
+from attnfx.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents, divisors
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.feature_maps import ACTIVATIONS, history_of

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from attnfx import expr
-from attnfx.capture import Mirror, is_tensor, sizes
+from attnfx.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction, contraction
 from attnfx.patterns.lift import operation

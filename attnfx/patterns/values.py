@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.capture import Mirror
+from attnfx.mirror import Mirror
 
 
 class ValueNumbers:

@@ -135,6 +135,11 @@ def biased() -> Iterator[Example]:
     for name, (shape, indices) in forms.items():
         score = SCALED + load(0, *indices)
         yield Example(f"bias {name}", site(score, causal(16), side=(side(*shape, grad=True),)), random(*shape))
+    tile, shape = load(0, HEADS * B + H, I, J), (BATCH * HEADS, QUERIES, KEYS)
+    scaled = site((SCALED - tile) * 0.3, causal(16), side=(side(*shape, grad=True),))
+    yield Example("bias folded, with a factor", scaled, random(*shape))
+    grouped = load(0, J, expr.floordiv(H, expr.integer(2)))  # several heads share an element, and not all elements are used
+    yield Example("bias of key heads", site(SCALED + grouped, side=(side(KEYS, 3, grad=True),)), random(KEYS, 3))
     masked = SCALED + load(0, B, I, J)
 
     def float_mask(dtype: torch.dtype) -> Sequence[Tensor]:

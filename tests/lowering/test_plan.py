@@ -1,5 +1,6 @@
 """What a plan decides: tables, gradients, exact rows, ranges, refusals."""
 
+import json
 import math
 
 import pytest
@@ -31,6 +32,7 @@ from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import BiasGradient
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.portable.blocks import Problem
+from attnfx.serialize import FormatError
 from attnfx.site import AttentionSite
 
 
@@ -65,11 +67,10 @@ def test_a_function_of_more_than_the_distance_is_no_table() -> None:
 @pytest.mark.parametrize(
     ("score", "shape", "reason"),
     [
-        (SCALED * load(0, H, I, J), (HEADS, QUERIES, KEYS), "weight 1"),
-        (SCALED - load(0, H, I, J), (HEADS, QUERIES, KEYS), "weight 1"),
-        (SCALED + load(0, H) * expr.cast(J, torch.float32), (HEADS,), "weight 1"),
-        (SCALED + load(0, J, J), (KEYS, KEYS), "weight 1"),
-        (SCALED + load(0, H, I, J) + load(0, H, I, J), (HEADS, QUERIES, KEYS), "added once"),
+        (SCALED * load(0, H, I, J), (HEADS, QUERIES, KEYS), "times a number at most"),
+        (SCALED + load(0, H) * expr.cast(J, torch.float32), (HEADS,), "times a number at most"),
+        (SCALED + load(0, J, J), (KEYS, KEYS), "T0[j, j]"),
+        (SCALED + load(0, H, I, J) + load(0, H, I, J + 1), (HEADS, QUERIES, KEYS + 1), "T0[h, i, j + 1]"),
     ],
 )
 def test_a_gradient_without_a_form_is_refused(score: Expr, shape: tuple[int, ...], reason: str) -> None:
@@ -77,6 +78,37 @@ def test_a_gradient_without_a_form_is_refused(score: Expr, shape: tuple[int, ...
     assert isinstance(found, tuple)
     assert reason in found[0]
     assert isinstance(make_plan(site(score, side=(side(*shape),)), "portable"), KernelPlan)
+
+
+@pytest.mark.parametrize(
+    ("score", "factor"),
+    [
+        (SCALED - load(0, H, J), -1.0),
+        ((SCALED + load(0, H, J)) * 0.5, 0.5),
+        (SCALED + expr.div(expr.cast(expr.call("neg", load(0, H, J)), torch.float64), expr.lift(4.0)), -0.25),
+        (SCALED + load(0, H, J) * 3.0 + load(0, H, J), 4.0),
+    ],
+)
+def test_the_gradient_of_a_bias_carries_its_factor(score: Expr, factor: float) -> None:
+    plan = planned(site(score, side=(side(HEADS, KEYS, grad=True),)))
+    assert plan.gradients == (BiasGradient(0, "column", True, False, ("h", "j"), factor),)
+    assert KernelPlan.from_json(plan.to_json()) == plan
+
+
+def test_an_axis_that_folds_batch_and_head_has_a_gradient() -> None:
+    folded = HEADS * B + H
+    plan = planned(site(SCALED + load(0, folded, expr.integer(0), J), side=(side(2 * HEADS, 1, KEYS, grad=True),)))
+    assert plan.gradients == (BiasGradient(0, "column", False, False, (folded, "", "j")),)
+    assert KernelPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("factor", [1, "1", None, 1e999])
+def test_a_gradient_with_no_finite_factor_is_not_read(factor: object) -> None:
+    plan = planned(site(SCALED + load(0, H, J), side=(side(HEADS, KEYS, grad=True),)))
+    data = json.loads(plan.to_json())
+    data["gradients"][0]["factor"] = factor
+    with pytest.raises(FormatError, match="finite"):
+        KernelPlan.from_json(json.dumps(data))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from graphs import compiled, dynamo_graph
 from linear_spellings import LOOKALIKES, SPELLINGS, Linear, elu1, t
 from torch import Tensor, fx
 
-from attnfx.capture import Mirror, capture
+from attnfx.capture import capture
 from attnfx.decide import decide
 from attnfx.errors import Objection
 from attnfx.lowering.plan import make_plan
+from attnfx.mirror import Mirror
 from attnfx.patterns import recognise, recognise_linear
 from attnfx.patterns.axes import Operand
 from attnfx.patterns.linear_site import LinearMatch

@@ -43,7 +43,7 @@ def backward(
         if gradient.kind == "row" and grad_lse is not None:
             # softmax does not see a term that all keys share; the log of its sum does
             total += _over(gradient, grad_lse.to(total.dtype))
-    made = [to_layout(g, total, loads[g.slot]) for g, total in zip(plan.gradients, biases, strict=True)]
+    made = [to_layout(g, total, loads[g.slot], problem.values) for g, total in zip(plan.gradients, biases, strict=True)]
     return [*grads, *made]
 
 

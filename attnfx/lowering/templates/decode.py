@@ -244,7 +244,8 @@ def decode_merge(
                 acc_rows = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc_rows, l_rows, m_rows = _visit(
                     acc_rows, l_rows, m_rows, q_tile, keys, values, steps, 0, N, 0, 0, rows[:, None], N, (b, h, bh), noise, loads,
-                    ints, SCORE, KEEP, None, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                    ints, SCORE, KEEP, None, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
+                    PRECISION,
                 )  # fmt: skip
                 top = tl.arange(0, BLOCK_M) == 0
                 natural_max = tl.zeros([1], tl.float32) + tl.sum(tl.where(top, m_rows, 0.0), 0)
