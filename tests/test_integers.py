@@ -41,6 +41,8 @@ def test_replace_simplifies_on_the_way_up() -> None:
     ranges = Ranges({}, {B: sympy.Integer(3)})
     assert replace(floordiv(C, sympy.Integer(4)), {C: 4 * A + B}, ranges) == A
     assert replace(modulo(C, sympy.Integer(4)), {C: 4 * A + B}, ranges) == B
+    assert replace(3 * B + C, {B: FloorDiv(A, 3), C: Mod(A, 3)}) == A
+    assert replace(6 * N + 2 * B + C, {B: FloorDiv(A, 3), C: Mod(A, 3)}) == 6 * N + 2 * FloorDiv(A, 3) + Mod(A, 3)
 
 
 def test_bounds_hold_and_are_found() -> None:
@@ -52,6 +54,9 @@ def test_bounds_hold_and_are_found() -> None:
     assert ranges.minimum(N - 2) == 0
     assert ranges.nonnegative(floordiv(A, sympy.Integer(3)))
     assert ranges.nonnegative(2 - modulo(A, sympy.Integer(3)))
+    short = Ranges({}, {A: sympy.Integer(7)})
+    assert short.maximum(floordiv(A, sympy.Integer(3))) == 2
+    assert short.maximum(5 - 2 * floordiv(A, sympy.Integer(3)) + floordiv(A, sympy.Integer(4))) >= 5
 
 
 def test_a_claimed_bound_is_never_wrong() -> None:

@@ -176,12 +176,14 @@ def bias_gradient(
     kind: BiasKind,
     batch_broadcast: bool,
     head_broadcast: bool,
+    inside: bool = False,
     grad_lse: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """Gradient, fp32, of a side tensor that is added with weight 1 to the natural logits; BB is 1 or B, BH is 1 or H.
+    """Gradient, fp32, of a side tensor that is added with weight 1 to the natural logits, or to the raw dots if `inside`;
+    BB is 1 or B, BH is 1 or H.
 
     tile      (BB,BH,M,N), indexed [b, h, i, j]
     column    (BB,BH,N), indexed [b, h, j]
@@ -208,7 +210,7 @@ def bias_gradient(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.batch,
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
-            **launch.switches,
+            SCORE_GRAD=program.score_grad if inside else None, **launch.switches,
         )  # fmt: skip
     if kind == "diagonal":
         first = key_tiles * block - (n - 1)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attnfx import expr
 from attnfx.evaluate import evaluate
-from attnfx.expr import INDEX, Expr, Int, Load
+from attnfx.expr import INDEX, Expr, Int, Load, Score, children
+from attnfx.lowering.derivative import has_score
 from attnfx.site import SideTensor
 from attnfx.summands import summands
 
@@ -25,7 +26,8 @@ Axis = str | Int
 
 @dataclass(frozen=True)
 class BiasGradient:
-    """Side tensor ``slot`` is added to the logits, ``factor`` times; ``axes``: what each of its axes means.
+    """Side tensor ``slot`` is added to the logits, ``factor`` times; ``axes``: what each of its axes means. ``inside``: it is
+    added to the scores before something else is done to them (a softcap), ``factor`` times as much as q.k.
 
     ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see it), "diagonal" by i - j.
     The two flags say that b, h do not occur, so that the gradient is a sum over them.
@@ -37,6 +39,7 @@ class BiasGradient:
     head_broadcast: bool
     axes: tuple[Axis, ...]
     factor: float = 1.0
+    inside: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.factor):
@@ -48,24 +51,43 @@ def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tupl
 
     ``tables``: the slots of relative tables, which are always of the form "diagonal".
     """
-    wanted = [slot for slot, tensor in enumerate(side) if tensor.requires_grad]
-    parts = [(part, factor, {n for n in expr.walk(part) if isinstance(n, Load)}) for part, factor in summands(score)]
     found, reasons = [], []
-    for slot in wanted:
-        uses = [(part, factor) for part, factor, loads in parts if any(n.slot == slot for n in loads)]
-        if not uses:
-            continue
+    for slot in (slot for slot, tensor in enumerate(side) if tensor.requires_grad and _loads(score, slot)):
+        uses, unit, inside = _added(score, slot)
         first = uses[0][0] if isinstance(uses[0][0], Load) else None
         axes = None if first is None else _axes(first, slot in tables)
-        factor = sum(c for _, c in uses)
+        factor = sum(c for _, c in uses) / unit if unit else math.nan
         if axes is None or any(part != first for part, _ in uses) or not math.isfinite(factor):
             reasons.append(
-                f"side tensor {slot} needs a gradient and is used as {_short(_odd(uses, axes is None))}; a gradient is "
-                "computed for a tensor added to the scores, times a number at most, and indexed by i, j themselves, b and h."
+                f"side tensor {slot} needs a gradient and is used as {_short(_odd(uses, axes is None))}; a gradient is computed "
+                "for a tensor added to the scores, times a number at most, and indexed by i, j themselves, b and h."
             )
         else:
-            found.append(_form(slot, axes, factor))
+            found.append(_form(slot, axes, factor, inside))
     return tuple(reasons) or tuple(found)
+
+
+def _added(score: Expr, slot: int) -> tuple[list[tuple[Expr, float]], float, bool]:
+    """The summands of the logits that read ``slot``, and 1. Where these are summands of what a function of the scores is taken
+    of: what is added there, how often q.k is (0 where it is not only multiplied by a number), and True."""
+    level, inside = score, False
+    while True:
+        parts = list(summands(level))
+        uses, scored = [p for p in parts if _loads(p[0], slot)], [p for p in parts if has_score(p[0])]
+        if not any(has_score(part) for part, _ in uses):
+            unit = sum(c for _, c in scored) if all(isinstance(part, Score) for part, _ in scored) else 0.0
+            return uses, unit if inside else 1.0, inside
+        operands = children(scored[0][0])
+        holders = [a for a in operands if has_score(a)]
+        if uses != scored or len(uses) != 1 or len(holders) != 1 or sum(_loads(a, slot) for a in operands) != 1:
+            return uses, 0.0, inside
+        level, inside = holders[0], True
+        if not _loads(level, slot):
+            return uses, 0.0, inside
+
+
+def _loads(e: Expr, slot: int) -> bool:
+    return any(isinstance(n, Load) and n.slot == slot for n in expr.walk(e))
 
 
 def _odd(uses: Sequence[tuple[Expr, float]], first: bool) -> Expr:
@@ -73,10 +95,12 @@ def _odd(uses: Sequence[tuple[Expr, float]], first: bool) -> Expr:
     return next((part for part, _ in uses if first or part != uses[0][0]), uses[0][0])
 
 
-def _form(slot: int, axes: tuple[Axis, ...], factor: float) -> BiasGradient:
+def _form(slot: int, axes: tuple[Axis, ...], factor: float, inside: bool) -> BiasGradient:
     kind: Kind = "diagonal" if "i-j" in axes else "row" if "j" not in axes else "tile" if "i" in axes else "column"
+    if inside and kind == "row":  # what is done to the scores makes it one more for each key
+        kind = "tile" if "i" in axes else "column"
     known = {a for a in axes if isinstance(a, str)} | {n for a in axes if isinstance(a, Int) for n in "bh" if expr.depends_on(a, n)}
-    return BiasGradient(slot, kind, "b" not in known, "h" not in known, axes, factor)
+    return BiasGradient(slot, kind, "b" not in known, "h" not in known, axes, factor, inside)
 
 
 def _axes(load: Load, relative: bool) -> tuple[Axis, ...] | None:

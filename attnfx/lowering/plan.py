@@ -341,7 +341,7 @@ def _gradient_data(gradient: BiasGradient, writer: Writer) -> dict[str, Json]:
 
 
 def _read_gradient(data: Json, reader: Reader, side: int) -> BiasGradient:
-    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes", "factor"))
+    fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes", "factor", "inside"))
     axes = [a if isinstance(a, str) else reader.get(a) for a in _items(data["axes"], "axes")]
     kind, slot, known = data["kind"], _slot(data["slot"], side), ("", "b", "h", "i", "j", "i-j")
     if kind not in ("tile", "column", "row", "diagonal") or not all(isinstance(a, Int) or a in known for a in axes):
@@ -350,4 +350,4 @@ def _read_gradient(data: Json, reader: Reader, side: int) -> BiasGradient:
     if type(factor) is not float or not math.isfinite(factor):
         raise FormatError(f"factor is {factor!r}; it is a finite float")
     broadcast = _flag(data, "batch_broadcast"), _flag(data, "head_broadcast")
-    return BiasGradient(slot, kind, *broadcast, cast(tuple[str | Int, ...], tuple(axes)), factor)
+    return BiasGradient(slot, kind, *broadcast, cast(tuple[str | Int, ...], tuple(axes)), factor, _flag(data, "inside"))

@@ -16,7 +16,7 @@ from attnfx.lowering.plan import KernelPlan, make_plan
 NAMES = (
     "causal 16", "window", "softcap", "key range", "causal -16 -3.40282e+38 replaced", "padded -inf replaced",
     "padded -1e+09 added", "alibi", "t5", "bias tile", "bias column shared", "bias row", "gather", "loaded mask",
-    "bias folded, with a factor", "bias of key heads",
+    "bias folded, with a factor", "bias of key heads", "bias tile capped", "bias head capped",
 )  # fmt: skip
 
 

@@ -140,6 +140,12 @@ def biased() -> Iterator[Example]:
     yield Example("bias folded, with a factor", scaled, random(*shape))
     grouped = load(0, J, expr.floordiv(H, expr.integer(2)))  # several heads share an element, and not all elements are used
     yield Example("bias of key heads", site(SCALED + grouped, side=(side(KEYS, 3, grad=True),)), random(KEYS, 3))
+    for name, shape, bias in (
+        ("tile", (QUERIES, KEYS), load(0, I, J)), ("row", (QUERIES,), load(0, I)), ("head", (HEADS,), load(0, H)),
+        ("distance", (32, HEADS), load(0, t5_bucket(), H)),
+    ):  # fmt: skip
+        capped = expr.call("tanh", (SCALED + bias * 0.5) * 0.3) * 3.0
+        yield Example(f"bias {name} capped", site(capped, causal(16), side=(side(*shape, grad=True),)), random(*shape))
     masked = SCALED + load(0, B, I, J)
 
     def float_mask(dtype: torch.dtype) -> Sequence[Tensor]:

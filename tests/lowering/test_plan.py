@@ -95,6 +95,18 @@ def test_the_gradient_of_a_bias_carries_its_factor(score: Expr, factor: float) -
     assert KernelPlan.from_json(plan.to_json()) == plan
 
 
+def test_a_bias_inside_of_a_function_of_the_scores_has_a_gradient() -> None:
+    bias = load(0, H, I, J)
+    shape = side(HEADS, QUERIES, KEYS, grad=True)
+    capped = expr.call("tanh", (SCALED - bias) * 0.3) * 3.0
+    assert planned(site(capped, side=(shape,))).gradients == (BiasGradient(0, "tile", True, False, ("h", "i", "j"), -4.0, True),)
+    chosen = expr.where(causal(), SCALED + bias, expr.constant(-50.0, torch.float32))
+    assert planned(site(chosen, side=(shape,))).gradients[0].inside
+    for score in (capped + bias, capped + SCALED, expr.call("tanh", Score() * load(1, H) + bias), expr.call("tanh", bias * SCALED)):
+        sides = (shape, side(HEADS)) if any(isinstance(n, Load) and n.slot == 1 for n in expr.walk(score)) else (shape,)
+        assert isinstance(make_plan(site(score, side=sides), "portable"), tuple), score
+
+
 def test_an_axis_that_folds_batch_and_head_has_a_gradient() -> None:
     folded = HEADS * B + H
     plan = planned(site(SCALED + load(0, folded, expr.integer(0), J), side=(side(2 * HEADS, 1, KEYS, grad=True),)))

@@ -59,9 +59,23 @@ def compared(attention: Callable[..., Tensor], *leaves: Tensor, **options: Any) 
         (lambda s, t: s + t + t, (HEADS, QUERIES, KEYS)),
         (lambda s, t: (s + t[distance().clamp(-3, 3) + 3].permute(2, 0, 1)) * 0.25, (7, HEADS)),
         (lambda s, t: (s.flatten(0, 1) + t).view_as(s), (BATCH * HEADS, 1, KEYS)),
+        (lambda s, t: torch.tanh((s + t * 2)[None] / 5)[0] * 5, (HEADS, QUERIES, KEYS)),
+        (lambda s, t: torch.tanh((s + t) / 5).masked_fill(~kept(), -1e9) * 5, (HEADS, QUERIES, 1)),
+        (lambda s, t: torch.where(kept(), s + t, -1e4).where(kept().T[:1, :1], -1e5), (HEADS, 1, KEYS)),
         (lambda s, t: (s.view(BATCH, 2, 2, QUERIES, KEYS) + t[:, None]).view_as(s), (2, QUERIES, KEYS)),
     ],
-    ids=["scaled with the scores", "subtracted", "negated", "twice", "table", "folded heads", "shared by groups"],
+    ids=[
+        "scaled with the scores",
+        "subtracted",
+        "negated",
+        "twice",
+        "table",
+        "folded heads",
+        "softcap",
+        "rows in a softcap",
+        "in a mask",
+        "shared by groups",
+    ],
 )
 def test_a_bias_times_a_number_is_a_formula(logits: Bias, shape: tuple[int, ...]) -> None:
     report = trained(logits, learned(*shape))

@@ -80,10 +80,11 @@ def _block(
     dz = (dweight if scale is None else dweight * scale).sub_(delta).mul_(p)
     if live is not None:
         dz = dz.masked_fill(~live, 0.0)
-    for gradient, total in zip(problem.plan.gradients, biases, strict=True):
-        _accumulate(gradient, total, dz, block, problem)
     # where the score was put away its gradient is zero and not NaN times zero
-    ds = problem.stacked((dz * slope).masked_fill_(slope == 0.0, 0.0))
+    inner = (dz * slope).masked_fill_(slope == 0.0, 0.0)
+    for gradient, total in zip(problem.plan.gradients, biases, strict=True):
+        _accumulate(gradient, total, inner if gradient.inside else dz, block, problem)
+    ds = problem.stacked(inner)
     sums[0][block.place] = problem.unstacked(ds @ problem.keys_of(problem.k, block)).to(sums[0].dtype)
     sums[1][place] += ds.transpose(-1, -2) @ problem.rows_of(problem.q, block)
 

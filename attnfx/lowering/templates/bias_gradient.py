@@ -30,6 +30,7 @@ def flash_bias_gradient(
     dropout_p,
     batches,
     SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
     WEIGHT: tl.constexpr,
     KV_RANGE: tl.constexpr,
@@ -49,7 +50,8 @@ def flash_bias_gradient(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums of dz over what the side tensor does not index; fp32, each element with one owner and one order of sums.
+    """Sums of dz, or of dz * SCORE_GRAD where it is given, over what the side tensor does not index; fp32, each element with
+    one owner and one order of sums.
 
     KIND "tile": out (BB,BH,M,N), a program owns one tile and sums over the broadcast b and h. "column": out (BB,BH,N),
     it owns BLOCK_N keys and also sums over the rows. "diagonal": out (2,BB,BH,tiles,BLOCK), it owns the band of square
@@ -111,14 +113,14 @@ def flash_bias_gradient(
             if visit:
                 acc += _tile_gradient(
                     q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
-                    heads, group, M, N, noise, loads, ints, SCORE, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV,
-                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                    heads, group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D,
+                    DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
         else:
             acc += _tile_gradient(
                 q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads,
-                group, M, N, noise, loads, ints, SCORE, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV, BLOCK_M,
-                BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
@@ -167,6 +169,7 @@ def _tile_gradient(
     loads,
     ints,
     SCORE: tl.constexpr,
+    SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
     WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
@@ -181,7 +184,7 @@ def _tile_gradient(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dz [BLOCK_M, BLOCK_N] of the tile at (i_first, j_first) of head (b, h), zero outside."""
+    """dz [BLOCK_M, BLOCK_N], or dz * SCORE_GRAD where given, of the tile at (i_first, j_first) of head (b, h), zero outside."""
     bh = b * heads + h
     b = tl.cast(b, tl.int32)
     h = tl.cast(h, tl.int32)
@@ -212,4 +215,7 @@ def _tile_gradient(
     )  # fmt: skip
     dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
     dweights = dweights * probability_factor(i, j, (b, h, bh), noise, loads, ints, WEIGHT, DROPOUT)
-    return logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)
+    dz = logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)
+    if SCORE_GRAD is not None:
+        dz = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
+    return dz
