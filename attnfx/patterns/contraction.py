@@ -155,9 +155,9 @@ def _einsum(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     if found is None or len(operands) > 2 or set("".join(found[0])) != set(found[1]):
         return None
     at = dict(zip(found[1], index, strict=True))
-    read = (lifter.element(x, _within(x, tuple(at[c] for c in given))) for given, x in zip(found[0], operands, strict=True))
+    first, *more = (lifter.element(x, _within(x, tuple(at[c] for c in given))) for given, x in zip(found[0], operands, strict=True))
     dtype = node.meta["val"].dtype
-    return next(read) if len(operands) == 1 else expr.mul(*read, dtype) if dtype.is_floating_point else None
+    return first if not more else expr.mul(first, more[0], dtype) if dtype.is_floating_point else None
 
 
 @rule("aten.matmul", "aten.bmm", "aten.sum")
