@@ -122,7 +122,7 @@ class Tracer(fx.Interpreter):
     def run_fake(self, *inputs: Any) -> Any:
         # Constants of the graph (get_attr) are converted by the mode as they are met.
         with self.world.mode:
-            self.run(*inputs)
+            self.run(*inputs, enable_io_processing=False)
         return ()
 
     def run_node(self, n: fx.Node) -> Any:

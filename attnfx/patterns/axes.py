@@ -106,7 +106,7 @@ def history(lifter: Lifter, node: fx.Node, index: Index, reader: fx.Node) -> lis
     steps = [(node, known)]
     while (step := lifter.moved(*steps[-1])) is not None:
         newer, older = steps[-1][0], step[0]
-        if lifter.mirror.storage[older] != lifter.mirror.storage[newer]:
+        if lifter.mirror.storage.get(older) != lifter.mirror.storage.get(newer):
             if as_read(lifter.mirror, newer, reader).after is not newer:
                 break
             reader = newer
@@ -130,7 +130,7 @@ def rooted(
         form, past = understood(node, at, extents, alone), as_read(mirror, node, reader)
         if form is not None:
             known.insert(0, (form, past))
-        if mirror.storage[older] != mirror.storage[node]:
+        if mirror.storage.get(older) != mirror.storage.get(node):
             reader = node
     if not known:
         raise Refused(f"the axes of the {name} ({side[0][0].name}) cannot be told apart")

@@ -290,7 +290,7 @@ class _Attempt:
             if (
                 (found := through_scaling(node)) is not None
                 and sizes(found[0]) == sizes(node)
-                and self._same_dtype(*found[:1], node)
+                and found[0].meta["val"].dtype == node.meta["val"].dtype
             ):
                 older, scale = found[0], scale * found[1]
             elif operation(node) in ("aten.to", "aten._to_copy") and self._widens(node):
@@ -302,9 +302,6 @@ class _Attempt:
             if hidden is not None or not obtainable(self.mirror, past, self.candidate.output):
                 return operand, scale_before
             operand = Operand(older, operand.axes, past.after)
-
-    def _same_dtype(self, a: fx.Node, b: fx.Node) -> bool:
-        return bool(a.meta["val"].dtype == b.meta["val"].dtype)
 
     def _widens(self, node: fx.Node) -> bool:
         """A cast of halves to float32 whose result is only multiplied: the products are the same without it, where
