@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import assert_same, compiled
+from graphs import assert_same, compiled, torch_divides_by_no_heads
 from torch import Tensor
 
 from attnfx import backend, patterns
@@ -50,6 +50,8 @@ def results(call: Any, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_sizes_of_nothing_and_one(inner: str) -> None:
     for name, shape in SHAPES.items():
+        if 0 in shape[:2] and torch_divides_by_no_heads():
+            continue
         args = inputs(*shape)
         torch._dynamo.reset()
         call = torch.compile(attend, backend="attnfx", fullgraph=True, options={"inner": inner, "strict": True})

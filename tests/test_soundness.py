@@ -11,6 +11,7 @@ import soundness_layouts  # noqa: F401 - registers its cases
 import soundness_numbers  # noqa: F401 - registers its cases
 import torch
 import torch._dynamo.testing
+from graphs import torch_divides_by_no_heads
 from soundness_kit import CASES, FORWARD_ONLY, INF, SDPA, A, T, later, scores
 from torch import Tensor, nn
 
@@ -66,6 +67,8 @@ def tolerance_of(args: tuple[Any, ...]) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_eager(name: str) -> None:
+    if name.startswith("H=0") and torch_divides_by_no_heads():
+        pytest.skip("torch's own attention for CPUs ends the process here")
     sites, f, args = CASES[name]
     grad, reports = name not in FORWARD_ONLY, list[Report]()
     eager = outcome(f, args, grad)
