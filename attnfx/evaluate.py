@@ -74,7 +74,7 @@ def evaluate(
             at = [visit(x) for x in node.indices]
             if clamp:
                 at = [x.clamp(0, n - 1) for x, n in zip(at, source.shape, strict=True)]
-            found = source[tuple(at)] if at else source
+            found = _picked(source, at) if at else source
             return found.to(real(source.dtype))
         assert isinstance(node, Call)
         args = [visit(a) for a in node.args]
@@ -143,6 +143,12 @@ def grid_of(batch: int, heads: int, rows: range, columns: range, device: torch.d
         "i": axis(rows.start, rows.stop, 2),
         "j": axis(columns.start, columns.stop, 3),
     }
+
+
+def _picked(source: torch.Tensor, at: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``source[at]``; an index without axes stays a tensor, and is never asked for its number."""
+    picked = source[tuple(x.unsqueeze(0) if x.dim() == 0 else x for x in at)]
+    return picked.squeeze(0) if all(x.dim() == 0 for x in at) else picked
 
 
 def attention(

@@ -39,7 +39,9 @@ def separate(z: Expr) -> Logits:
         scored, other = z.args if has_score(z.args[0]) else z.args[::-1]
         return _added(scored, other)
     if z.op == "sub" and has_score(z.args[0]) and not has_score(z.args[1]):
-        return _added(z.args[0], negated(z.args[1]))
+        # What is taken off a masked score may itself be infinite there, and leave NaN.
+        plain = separate(z.args[0]).keep == expr.TRUE or not any(isinstance(n, expr.Load) for n in expr.walk(z.args[1]))
+        return _added(z.args[0], negated(z.args[1])) if plain else Logits(z)
     if z.op in ("mul", "div") and has_score(z.args[0]) and isinstance(z.args[1], Const):
         return _scaled(z)
     return Logits(z)
