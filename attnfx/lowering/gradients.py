@@ -29,7 +29,8 @@ class BiasGradient:
     """Side tensor ``slot`` is added to the logits, ``factor`` times; ``axes``: what each of its axes means. ``inside``: it is
     added to the scores before something else is done to them (a softcap), ``factor`` times as much as q.k.
 
-    ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see it), "diagonal" by i - j.
+    ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see what all keys
+    of a row share), "diagonal" by i - j.
     The two flags say that b, h do not occur, so that the gradient is a sum over them.
     """
 
@@ -46,10 +47,13 @@ class BiasGradient:
             raise ValueError(f"the factor of a gradient is {self.factor}; it is finite")
 
 
-def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tuple[BiasGradient, ...] | tuple[str, ...]:
+def find(
+    score: Expr, side: Sequence[SideTensor], tables: Sequence[int], shared: bool
+) -> tuple[BiasGradient, ...] | tuple[str, ...]:
     """The gradients that ``side`` asks for; sentences where one of them has no form that the kernels know.
 
-    ``tables``: the slots of relative tables, which are always of the form "diagonal".
+    ``tables``: the slots of relative tables, which are always of the form "diagonal". ``shared``: whether what is added to the
+    scores of a row is added to every key that has weight there; a finite fill that is put in place of scores is without it.
     """
     found, reasons = [], []
     for slot in (slot for slot, tensor in enumerate(side) if tensor.requires_grad and _loads(score, slot)):
@@ -63,7 +67,7 @@ def find(score: Expr, side: Sequence[SideTensor], tables: Sequence[int]) -> tupl
                 "for a tensor added to the scores, times a number at most, and indexed by i, j themselves, b and h."
             )
         else:
-            found.append(_form(slot, axes, factor, inside))
+            found.append(_form(slot, axes, factor, inside, shared))
     return tuple(reasons) or tuple(found)
 
 
@@ -95,9 +99,9 @@ def _odd(uses: Sequence[tuple[Expr, float]], first: bool) -> Expr:
     return next((part for part, _ in uses if first or part != uses[0][0]), uses[0][0])
 
 
-def _form(slot: int, axes: tuple[Axis, ...], factor: float, inside: bool) -> BiasGradient:
+def _form(slot: int, axes: tuple[Axis, ...], factor: float, inside: bool, shared: bool) -> BiasGradient:
     kind: Kind = "diagonal" if "i-j" in axes else "row" if "j" not in axes else "tile" if "i" in axes else "column"
-    if inside and kind == "row":  # what is done to the scores makes it one more for each key
+    if kind == "row" and (inside or not shared):  # keys of one row differ in it
         kind = "tile" if "i" in axes else "column"
     known = {a for a in axes if isinstance(a, str)} | {n for a in axes if isinstance(a, Int) for n in "bh" if expr.depends_on(a, n)}
     return BiasGradient(slot, kind, "b" not in known, "h" not in known, axes, factor, inside)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash
+from attnfx.lowering import codegen, flash, portable
 from attnfx.lowering.gradients import to_layout
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import Result
@@ -38,8 +39,7 @@ def backward(
     )
     for g in plan.gradients:
         if g.kind == "row":
-            # softmax does not see a term that all keys share; the log of its sum does
-            total = result.lse.new_zeros(result.lse.shape) if grad_lse is None else grad_lse.float()
+            total = portable.of_rows(result.out, grad_out, grad_lse, torch.float32)
             for axis, shared in ((0, g.batch_broadcast), (1, g.head_broadcast)):
                 total = total.sum(axis, keepdim=True) if shared else total
         else:

@@ -186,7 +186,7 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
         score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
         sink=None if site.sink is None else clamped(site.sink, site), weight=clamped(site.weight, site),
     )  # fmt: skip
-    gradients = find(score, ready.side, [t.slot for t in tables])
+    gradients = find(score, ready.side, [t.slot for t in tables], _shared(site))
     if any(isinstance(g, str) for g in gradients):
         return cast(tuple[str, ...], gradients)
     plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols)
@@ -239,6 +239,13 @@ def _learned(weight: Expr | None, site: AttentionSite) -> list[int]:
     return sorted(cast(int, n.slot) for n in loads if site.side[cast(int, n.slot)].requires_grad)
 
 
+def _shared(site: AttentionSite) -> bool:
+    """Whether every key that has weight in a row carries what is added to the row's scores, and no row is NaN for want of keys."""
+    if site.keep == expr.TRUE or (site.additive and site.fill != -math.inf):
+        return True
+    return site.fill == -math.inf and (_gives_zero(site) or site.facts.nonempty)
+
+
 def _gives_zero(site: AttentionSite) -> bool:
     """Whether a row whose keys are all -inf gives zeros: a sink takes all of such a row."""
     return site.empty_rows == "zero" or (site.empty_rows == "nan" and site.sink is not None)
@@ -268,7 +275,7 @@ def _numbered(site: AttentionSite) -> AttentionSite:
 
 def _needs_exact_rows(site: AttentionSite) -> bool:
     hidden = _may_hide_a_mask(site.score)
-    if _gives_zero(site) or site.keep == expr.TRUE:
+    if site.keep == expr.TRUE or (_gives_zero(site) and site.fill == -math.inf):
         return hidden
     facts = prove(site.keep, site.queries, site.keys, site.ranges)
     return hidden or not (facts.nonempty or facts.full) or site.fill > UNREACHABLE

@@ -51,7 +51,9 @@ def program(
     if empty_rows == "underflow" and _may_be_low(logits.score):
         raise Refused("its softmax takes no row maximum off, so that a query whose scores are all very low gives NaN")
     zero = empty_rows == "zero" or found.guarded or sink is not None  # a sink takes what no key takes
-    empty = "fill" if not infinite else "zero" if zero else "nan"
+    # Beside a finite fill, data in the scores may hide a whole row.
+    hidden = sink is None and any(isinstance(n, Load) and n.dtype.is_floating_point for n in expr.walk(logits.score))
+    empty = "zero" if zero and (infinite or hidden) else "nan" if infinite else "fill"
     made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight, sink)
     return _remasked(made, logits, prove(logits.keep, length_q, length_k, known).nonempty)
 

@@ -354,7 +354,8 @@ def _sdpa(w: Writer, q: Var, k: Var, v: Var) -> Var:
         if terms[0].kind == "tril":
             arguments.append("is_causal=True")
         else:
-            arguments.append(f"attn_mask={w.fitted(kept(w, terms[0], True), axes).name}")
+            mask = w.fitted(kept(w, terms[0], True), axes)
+            arguments.append(f"attn_mask={mask.name}" + ("[None]" if len(mask.axes) < 2 else ""))  # torch takes no rank of one
     elif terms:
         fills = {"-inf": 'float("-inf")', "min": f"torch.finfo({q.name}.dtype).min", "-1e9": "-1e9", "-1e4": "-1e4"}
         parts = [w.fitted(penalty(w, t, fills[t.fill], q.name) if isinstance(t, Mask) else bias(w, t), axes) for t in terms]

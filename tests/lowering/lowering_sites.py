@@ -132,6 +132,11 @@ def biased() -> Iterator[Example]:
         "row": ((QUERIES, HEADS), (I, H)),
         "head": ((HEADS,), (H,)),
     }
+    reached = {"fill": -1.0, "empty_rows": "fill"}
+    for name in ("row", "head"):
+        shape, indices = forms[name]
+        under = site(SCALED + load(0, *indices), causal(16), side=(side(*shape, grad=True),), **reached)
+        yield Example(f"bias {name} under a fill in reach", under, random(*shape))
     for name, (shape, indices) in forms.items():
         score = SCALED + load(0, *indices)
         yield Example(f"bias {name}", site(score, causal(16), side=(side(*shape, grad=True),)), random(*shape))
@@ -174,4 +179,4 @@ def distance(got: Tensor, want: Tensor) -> float:
     if got.numel() == 0:
         return 0.0
     got, want = got.detach().double().nan_to_num(), want.detach().double().nan_to_num()
-    return float((got - want).abs().max() / want.abs().max().clamp_min(0.2))
+    return float((got - want).abs().max() / want.abs().max().clamp_min(0.05))

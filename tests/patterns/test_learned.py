@@ -163,3 +163,30 @@ def test_a_variant_that_a_rule_names_reads_the_bias_as_computed_too() -> None:
     assert not report.sites[0].exact
     assert AS_COMPUTED in report.sites[0].reason
     assert_same(got, Outer()(*inputs), 1e-11)  # a window of everything
+
+
+@pytest.mark.parametrize("fill", [-1.0, -9.0, -1e4, torch.finfo(torch.float64).min, float("-inf")])
+@pytest.mark.parametrize("shape", [(QUERIES, 1), (HEADS, 1, 1)], ids=["rows", "heads"])
+def test_a_bias_that_masked_keys_lack_has_its_gradient(fill: float, shape: tuple[int, ...]) -> None:
+    """A fill that is put in place of a score is without the bias of its row: what the softmax sees of the bias is not nothing."""
+    trained(lambda s, t: (s + t).masked_fill(~kept(), fill), learned(*shape))
+
+
+def test_a_hidden_row_under_two_masks_keeps_the_gradient_of_its_bias() -> None:
+    hidden = torch.tensor([0.0, *[-1e4] * (KEYS - 1)], dtype=torch.float64)
+    trained(lambda s, t: (s + hidden + t).masked_fill(distance().abs() > 1, -1e4), learned(QUERIES, 1))
+
+
+def test_torchs_attention_gives_zero_where_data_hides_a_row_beside_a_finite_mask() -> None:
+    data = torch.zeros(BATCH, 1, 1, KEYS, dtype=torch.float64)
+    data[1] = float("-inf")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.where(kept(), 0.0, -1e4).double() + data
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    leaves = learned(BATCH, HEADS, QUERIES, WIDTH), learned(BATCH, HEADS, KEYS, WIDTH), learned(BATCH, HEADS, KEYS, WIDTH)
+    got, report = compiled(attention, *leaves)
+    assert len(report.sites) == 1
+    assert_same(got, attention(*leaves), 1e-11)
+    assert not got[1].any()

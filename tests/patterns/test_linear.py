@@ -11,7 +11,8 @@ import pytest
 import sympy
 import torch
 from graphs import compiled, dynamo_graph
-from linear_spellings import LOOKALIKES, SPELLINGS, Linear, elu1, t
+from linear_lookalikes import LOOKALIKES
+from linear_spellings import SPELLINGS, Linear, elu1, t
 from torch import Tensor, fx
 
 from attnfx.capture import capture

@@ -4,7 +4,7 @@ Memory is O(rows of a block * N); float32 arithmetic for half precision, float64
 bounds exclude are not visited: a causal mask costs half, a window the window.
 """
 
-from attnfx.lowering.portable.backward import backward
+from attnfx.lowering.portable.backward import backward, of_rows
 from attnfx.lowering.portable.forward import Result, forward, new_result
 
-__all__ = ["Result", "backward", "forward", "new_result"]
+__all__ = ["Result", "backward", "forward", "new_result", "of_rows"]

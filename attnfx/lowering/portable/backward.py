@@ -40,11 +40,17 @@ def backward(
                 _block(problem, block, result, grad_out, grad_lse, sums, biases)
     grads = [sums[0], sums[1].to(k.dtype), sums[2].to(v.dtype)]
     for gradient, total in zip(plan.gradients, biases, strict=True):
-        if gradient.kind == "row" and grad_lse is not None:
-            # softmax does not see a term that all keys share; the log of its sum does
-            total += _over(gradient, grad_lse.to(total.dtype))
+        if gradient.kind == "row":
+            total += _over(gradient, of_rows(result.out, grad_out, grad_lse, total.dtype))
     made = [to_layout(g, total, loads[g.slot], problem.values) for g, total in zip(plan.gradients, biases, strict=True)]
     return [*grads, *made]
+
+
+def of_rows(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B,H,M): the gradient of a term that all keys of a row share. Softmax does not see it, the log of its sum does; a row
+    that is NaN is NaN here too."""
+    nothing = (grad_out.to(dtype) * out.to(dtype)).sum(-1) * 0.0
+    return nothing if grad_lse is None else nothing + grad_lse.to(dtype)
 
 
 Sums = tuple[Tensor, Tensor, Tensor]
