@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,7 @@ def check(program: Program, *, dynamo: bool = False, dynamic: bool = False) -> V
 
 def load(text: Source) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The function and the inputs that a program's source defines."""
-    module = types.ModuleType("attention_program")
+    module = sys.modules["attention_program"] = types.ModuleType("attention_program")  # Dynamo imports it by name
     exec(compile(text.code, "<program>", "exec"), module.__dict__)
     return module.__dict__["program"], module.__dict__["inputs"]
 

@@ -355,11 +355,13 @@ def _sdpa(w: Writer, q: Var, k: Var, v: Var) -> Var:
             arguments.append("is_causal=True")
         else:
             mask = w.fitted(kept(w, terms[0], True), axes)
-            arguments.append(f"attn_mask={mask.name}" + ("[None]" if len(mask.axes) < 2 else ""))  # torch takes no rank of one
+            arguments.append(f"attn_mask={mask.name}" + ("[None]" if len(mask.axes) < 2 else ""))
     elif terms:
         fills = {"-inf": 'float("-inf")', "min": f"torch.finfo({q.name}.dtype).min", "-1e9": "-1e9", "-1e4": "-1e4"}
         parts = [w.fitted(penalty(w, t, fills[t.fill], q.name) if isinstance(t, Mask) else bias(w, t), axes) for t in terms]
         total = w.let("mask", " + ".join(part.name for part in parts))
+        if max(len(part.axes) for part in parts) < 2:
+            total = w.let("mask", f"{total}[None]")  # torch takes no rank of one
         if w.flip():
             total = w.let("mask", f"{total}.expand({', '.join(w.size(axis) for axis in axes)})")
         arguments.append(f"attn_mask={total}.to({q.name}.dtype)")

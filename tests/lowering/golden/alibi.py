@@ -2,9 +2,6 @@
 # score: 0.25·(q·k) + T0[h]·fp32(i - j)
 # keep: j ≤ i
 # ints: strides of loads[0]
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 

@@ -2,9 +2,6 @@
 # score: 0.25·(q·k) + fp32(T0[h, i, j])
 # keep: true
 # ints: strides of loads[0]
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 

@@ -2,9 +2,6 @@
 # score: 0.25·(q·k)
 # keep: j ≤ i + s1 - s0
 # ints: s0, s1
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 

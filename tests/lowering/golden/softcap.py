@@ -2,9 +2,6 @@
 # score: tanh(0.25·(q·k)/3)·3
 # keep: j ≤ i
 # ints: none
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 

@@ -2,9 +2,6 @@
 # score: q·k + T1[h, attnfx_keys + i - j - 1]
 # keep: true
 # ints: attnfx_keys, strides of loads[0]
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 

@@ -3,9 +3,6 @@
 # keep: j ≤ i
 # weight: T0[b, j]
 # ints: strides of loads[0]
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 

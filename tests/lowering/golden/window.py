@@ -2,9 +2,6 @@
 # score: 0.25·(q·k)
 # keep: j ≤ i ∧ i + 1 - j ≤ 7
 # ints: none
-# mypy: ignore-errors
-# ruff: noqa
-# fmt: off
 import triton
 import triton.language as tl
 
