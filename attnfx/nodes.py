@@ -151,3 +151,8 @@ def depends_on(e: Expr, *names: str) -> bool:
     if any(isinstance(n, Score) for n in walk(e)):
         return True
     return not symbols(e).isdisjoint(INDEX[n] for n in names)
+
+
+def has_score(e: Expr) -> bool:
+    """Whether the dot product of a query and a key occurs in ``e``."""
+    return any(isinstance(n, Score) for n in walk(e))

@@ -13,7 +13,7 @@ from torch.utils._sympy.functions import PythonMod
 from attnfx import expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
 from attnfx.integers import FloorDiv, Mod, Ranges
-from attnfx.lowering.derivative import has_score
+from attnfx.nodes import has_score
 
 LOG2E = math.log2(math.e)
 #: Longer text becomes a line of its own.

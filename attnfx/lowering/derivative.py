@@ -6,12 +6,9 @@ import torch
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Int, Score, call, children, constant
+from attnfx.nodes import has_score
 
 ONE, ZERO = constant(1.0, torch.float32), constant(0.0, torch.float32)
-
-
-def has_score(e: Expr) -> bool:
-    return any(isinstance(n, Score) for n in expr.walk(e))
 
 
 def widened(score: Expr) -> Expr:

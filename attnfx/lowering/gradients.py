@@ -14,7 +14,7 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.evaluate import evaluate
 from attnfx.expr import INDEX, Expr, Int, Load, Score, children
-from attnfx.lowering.derivative import has_score
+from attnfx.nodes import has_score
 from attnfx.site import SideTensor
 from attnfx.summands import summands
 

@@ -17,11 +17,12 @@ from attnfx import expr
 from attnfx.expr import Const, Expr, Int, Load
 from attnfx.facts import Facts, prove
 from attnfx.lowering import tables as relative
-from attnfx.lowering.derivative import derivative, has_score, widened
+from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import BiasGradient, find
 from attnfx.lowering.outside import split
 from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
 from attnfx.lowering.tables import KEYS, Table, clamped, size_symbol
+from attnfx.nodes import has_score
 from attnfx.serialize import (
     FormatError,
     Json,

@@ -13,7 +13,7 @@ from attnfx import expr
 from attnfx.evaluate import evaluate
 from attnfx.expr import INDEX, Call, Expr, Int, Load, children
 from attnfx.integers import Ranges
-from attnfx.lowering.derivative import has_score
+from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 
 I, J, H = INDEX["i"], INDEX["j"], INDEX["h"]

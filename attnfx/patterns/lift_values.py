@@ -228,14 +228,16 @@ def _compare(name: str) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     return apply
 
 
-for _name, _other in (
+#: Both names of each comparison.
+COMPARISONS = (
     ("lt", "less"),
     ("le", "less_equal"),
     ("gt", "greater"),
     ("ge", "greater_equal"),
     ("eq", "eq"),
     ("ne", "not_equal"),
-):
+)
+for _name, _other in COMPARISONS:
     rule(f"aten.{_name}", f"aten.{_other}")(_compare(_name))
 
 

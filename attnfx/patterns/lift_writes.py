@@ -15,7 +15,7 @@ from attnfx.mirror import is_tensor, sizes
 from attnfx.patterns.inverse import among, equal
 from attnfx.patterns.lift import Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument, integer_of
-from attnfx.patterns.lift_values import _across, _compare, _converted, _dtype
+from attnfx.patterns.lift_values import COMPARISONS, _across, _compare, _converted, _dtype
 
 
 def _number(lifter: Lifter, value: Any, index: Index, dtype: torch.dtype) -> Expr | None:
@@ -73,14 +73,7 @@ def _compared(name: str) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     return apply
 
 
-for _name, _other in (
-    ("lt", "less"),
-    ("le", "less_equal"),
-    ("gt", "greater"),
-    ("ge", "greater_equal"),
-    ("eq", "eq"),
-    ("ne", "not_equal"),
-):
+for _name, _other in COMPARISONS:
     rule(f"aten.{_name}_", f"aten.{_other}_")(_compared(_name))
 
 

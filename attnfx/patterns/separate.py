@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from attnfx import expr
-from attnfx.expr import Call, Const, Expr, Score
+from attnfx.expr import Call, Const, Expr
+from attnfx.nodes import has_score
 
 #: A constant at least this low, added or put in place of a score, is a mask; anything higher is a bias.
 MASK_LEVEL = -1e4
@@ -22,10 +23,6 @@ class Logits:
     keep: Expr = expr.TRUE
     fill: float = -math.inf
     additive: bool = False
-
-
-def has_score(e: Expr) -> bool:
-    return any(isinstance(n, Score) for n in expr.walk(e))
 
 
 def separate(z: Expr) -> Logits:

@@ -6,7 +6,8 @@ import torch
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr
-from attnfx.patterns.separate import MASK_LEVEL, has_score, widened
+from attnfx.nodes import has_score
+from attnfx.patterns.separate import MASK_LEVEL, widened
 
 #: Operations under which a masked score of minus infinity or of a huge negative number becomes exactly zero.
 _VANISHING = ("exp", "exp2", "sigmoid")

@@ -8,7 +8,7 @@ import torch
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Int, Score, constant
-from attnfx.lowering.derivative import has_score
+from attnfx.nodes import has_score
 
 ZERO = constant(0.0, torch.float32)
 
