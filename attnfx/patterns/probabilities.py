@@ -104,7 +104,8 @@ def factor(e: Expr, probability: Load) -> Factor:
             inner = factor(holding[0], probability)
             other = e.args[1] if holding[0] is e.args[0] else e.args[0]
             make = expr.mul if e.op == "mul" else expr.div
-            return Factor(make(inner.weight, expr.cast(other, torch.float32), torch.float32), inner.guarded)
+            dtype = torch.float64 if other.dtype == torch.float64 else torch.float32
+            return Factor(make(inner.weight, expr.cast(other, dtype), dtype), inner.guarded)
         raise Refused(f"its probabilities are changed ({e.op}) before the values are summed")
     raise Refused("its probabilities are changed before the values are summed")
 
@@ -132,7 +133,8 @@ def _selected(e: Call, probability: Load) -> Factor:
     for kept, other, when in ((a, b, condition), (b, a, expr.logical_not(condition))):
         if _holds(kept, probability) and expr.is_number(other, 0):
             inner = factor(kept, probability)
-            return Factor(expr.where(when, inner.weight, expr.constant(0.0, torch.float32), torch.float32), inner.guarded)
+            dtype = inner.weight.dtype
+            return Factor(expr.where(when, inner.weight, expr.constant(0.0, dtype), dtype), inner.guarded)
     raise Refused("its probabilities are replaced by something else than zero")
 
 
