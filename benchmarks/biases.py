@@ -1,0 +1,132 @@
+"""Attention with biases and masks: attnfx, FlexAttention, SDPA with a dense bias and torch.compile, side by side, in one run.
+
+    python -m benchmarks.biases [--quick] [--rows GLOB] [--out FILE] [--device cuda|cpu]
+
+attnfx and torch.compile's default get the spelling that models use; FlexAttention and SDPA get what one writes by hand for them.
+SDPA's time holds making the dense bias where it depends on inputs. Each peer's output is checked against float32 before it is
+timed (relative L2 distance). Times are medians of CUDA events with a cold L2 cache; memory is the peak above the inputs. A peer
+that fails is a row of data with the error in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnfx.files import replace_file
+from attnfx.testing import peak_bytes
+from benchmarks import machine, timing
+from benchmarks.bias_rows import ROWS, Attend, Case, Row
+from benchmarks.models import RESULTS
+
+BOUND = 2e-2
+HEADER = ("row", "peer", "ms", "attnfx is", "asked", "peak MiB", "distance")
+Result = dict[str, Any]
+
+
+def peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attend]]]:
+    """Names, and what makes the call."""
+    from attnfx.backend import attnfx
+
+    yield "attnfx", lambda: torch.compile(case.eager, backend=attnfx, dynamic=False)
+    if case.flex is not None and device == "cuda":
+        yield "flex", case.flex
+    sdpa = case.sdpa
+    if sdpa is not None:
+        yield "sdpa", lambda: sdpa
+    yield "compiled", lambda: torch.compile(case.eager, dynamic=False)
+
+
+def run(row: Row, device: str, quick: bool) -> Iterator[Result]:
+    """All peers of one row."""
+    case = row.make(device, quick)
+    with torch.no_grad():
+        wide = tuple(t.float() if t.is_floating_point() else t for t in case.inputs)
+        truth = (case.truth or case.eager)(*wide).to(torch.bfloat16).float()
+        del wide
+    timing.release(device)
+    for peer, make in peers(case, device):
+        result: Result = {"row": row.name, "peer": peer}
+        try:
+            result |= measured(make(), case, row.backward, truth, device)
+        except Exception as error:  # whatever a peer raises is what the row reports
+            result["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        timing.release(device)
+        yield result
+
+
+def measured(call: Attend, case: Case, backward: bool, truth: Tensor, device: str) -> Result:
+    """Check, then time. Raises ArithmeticError where the output is wrong."""
+    wanted = {0, 1, 2, *case.learned} if backward else set()
+    inputs = [t.detach().requires_grad_(n in wanted) for n, t in enumerate(case.inputs)]
+    leaves = [inputs[n] for n in sorted(wanted)]
+    push = torch.randn_like(truth).to(torch.bfloat16)
+
+    def step() -> object:
+        if not backward:
+            with torch.no_grad():
+                return call(*inputs)
+        return torch.autograd.grad(call(*inputs), leaves, push)
+
+    with torch.set_grad_enabled(backward):
+        found = call(*inputs).detach().float()
+    distance = float((found - truth).norm() / truth.norm())
+    del found
+    if not distance <= BOUND:
+        raise ArithmeticError(f"relative L2 distance {distance:.2e} from float32; the bound is {BOUND:.0e}")
+    step()
+    return {"ms": timing.median_ms(step, device), "peak_mib": peak_bytes(step, device) / 2**20, "distance": distance}
+
+
+def table(results: list[Result]) -> str:
+    """One line a peer; beside each peer how many times as fast attnfx is, and what was asked for."""
+    ours = {r["row"]: r["ms"] for r in results if r["peer"] == "attnfx" and "ms" in r}
+    asked = {row.name: row.targets for row in ROWS}
+    lines = [HEADER]
+    for r in results:
+        if "error" in r:
+            lines.append((r["row"], r["peer"], f"failed: {r['error'][:80]}", "", "", "", ""))
+            continue
+        speed = f"{r['ms'] / ours[r['row']]:.2f}x" if r["row"] in ours and r["peer"] != "attnfx" else ""
+        target = asked.get(r["row"], {}).get(r["peer"])
+        wanted = f"{target}x" if target else ""
+        lines.append((r["row"], r["peer"], f"{r['ms']:.3f}", speed, wanted, f"{r['peak_mib']:.0f}", f"{r['distance']:.1e}"))
+    widths = [max(len(line[c]) for line in lines if not line[2].startswith("failed")) for c in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main() -> int:
+    """Run the rows asked for; 1 if a number of attnfx was wrong or missing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.biases", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs")
+    parser.add_argument("--rows", default="*", metavar="GLOB", help="which rows, by name: 'alibi-*'")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--commit", help="the commit to record, where this tree is no git checkout")
+    options = parser.parse_args()
+    quick = options.quick or options.device == "cpu"
+    about = machine.describe(options.device, options.commit)
+    out = options.out or RESULTS / "biases" / f"{datetime.date.today()}-{machine.slug(about)}{'-quick' if quick else ''}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for row in (r for r in ROWS if fnmatch.fnmatch(r.name, options.rows)):
+        for result in run(row, options.device, quick):
+            results.append(result)
+            print(json.dumps(result), flush=True)
+            document = {"date": str(datetime.date.today()), "quick": quick, "machine": about, "results": results}
+            replace_file(out, json.dumps(document, indent=1) + "\n")
+    print(table(results) + f"\nwritten to {out}")
+    return int(any("error" in r for r in results if r["peer"] == "attnfx"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
