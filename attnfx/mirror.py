@@ -159,8 +159,32 @@ def _boolean(node: fx.Node) -> bool:
 
 def _made_anew(node: fx.Node) -> bool:
     """Whether only the sizes of the operands matter (zeros_like, new_full), so that no gradient is lost on the way."""
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    name = _name(node)
     return name.endswith("_like") or name.startswith("new_")
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The operands whose elements matter to ``node``: not those that lend it a size or a dtype (zeros_like, x.view_as(node))."""
+    if _made_anew(node):
+        return []
+    return node.all_input_nodes[:1] if _name(node).endswith("_as") else node.all_input_nodes
+
+
+def descends(node: fx.Node, ancestor: fx.Node) -> bool:
+    """Whether the elements of ``node`` are computed from those of ``ancestor``."""
+    seen, queue = {node}, [node]
+    while queue:
+        above = queue.pop()
+        if above is ancestor:
+            return True
+        fresh = [n for n in value_inputs(above) if n not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return False
 
 
 def written(node: fx.Node) -> Iterator[fx.Node]:

@@ -12,14 +12,14 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.mirror import Mirror, descends, is_tensor, sizes
 from attnfx.patterns.added import place, summation, summed_with
 from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, through_scaling, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.learned import Learned, Reading, products
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
-from attnfx.patterns.probabilities import descends, factor
+from attnfx.patterns.probabilities import factor
 from attnfx.patterns.program import ScoreFactor, canonical, narrowed, numbered, program, without_factors
 from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
 from attnfx.site import AttentionSite, SideTensor

@@ -67,19 +67,6 @@ def beside(node: fx.Node) -> bool:
     return not node.meta["val"].is_floating_point() or operation(node).endswith("_like")
 
 
-def descends(node: fx.Node, ancestor: fx.Node) -> bool:
-    """Whether ``node`` is computed from ``ancestor``."""
-    seen, queue = {node}, [node]
-    while queue:
-        above = queue.pop()
-        if above is ancestor:
-            return True
-        fresh = [n for n in above.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        queue += fresh
-    return False
-
-
 @dataclass(frozen=True)
 class Factor:
     """What the probabilities are multiplied by, and whether NaN ones are replaced by zero."""

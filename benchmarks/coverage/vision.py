@@ -50,7 +50,7 @@ models(
     "CvtConfig",
     "CvtModel",
     large,
-    {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+    {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
     only="eager",
 )
 models(

@@ -22,6 +22,7 @@ def _tensor(*shape: int) -> Tensor:
 _DRAWN = torch.Generator().manual_seed(3)
 QKV = tuple(_tensor(B, H, M, D) for _ in range(3))
 BIAS, HEADS, SINKS = _tensor(M, M), _tensor(H), _tensor(H)
+REACH = _tensor(M, D)
 KEEP = torch.rand((B, 1, M, M), generator=_DRAWN) > 0.4
 KEEP[0, 0, 3] = False
 INF, LOW = float("-inf"), torch.finfo(torch.float64).min
@@ -187,6 +188,13 @@ def cosine(q: Tensor, k: Tensor, v: Tensor, heads: Tensor) -> Tensor:
 @case("softmax((q·k)·2 | full)", BIAS)
 def scale_of_each_key(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return ((q @ k.mT) * bias[0].view(1, 1, 1, -1) * 2).softmax(-1) @ v
+
+
+@case("softmax(q·k + T0[b, h, i, j] | full)", REACH)
+def sized_by_the_scores(q: Tensor, k: Tensor, v: Tensor, reach: Tensor) -> Tensor:
+    s = q @ k.mT
+    bias = einsum("bhid,jd->bhij", q, reach).reshape(-1, M).reshape_as(s)
+    return (s + bias.type_as(s) + torch.zeros_like(s)).softmax(-1) @ v
 
 
 @case("")
