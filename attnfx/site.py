@@ -57,8 +57,11 @@ class AttentionSite:
     ``"zero"`` (torch's scaled_dot_product_attention), or ``"fill"`` (a finite fill: the softmax over all keys).
 
     ``sink``: the logit, in b, h and i, of one key more that has no value (gpt-oss; arXiv:2309.17453): a row whose other keys
-    are all -inf then gives 0. ``weight``: a finite factor of the probabilities after the softmax, in b, h, i and j, without
-    :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator does not know it.
+    are all -inf then gives 0. ``literal``: the filled logits with the model's own half-precision steps, where it adds in half
+    precision: the meaning of rows that have nothing but fills, where such steps are wide. Score and fill say the same in
+    float32; who replaces one of them forgets it. ``weight``: a finite factor of the probabilities after
+    the softmax, in b, h, i and j, without :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator
+    does not know it.
     ``normaliser``: ``"softmax"``, or without one ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in which
     :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
     ``divisor_detached``: the model lets no gradient through it. Maps, divisor and normaliser belong together: with
@@ -81,6 +84,7 @@ class AttentionSite:
     empty_rows: str = "nan"
     dropout: float = 0.0
     sink: Expr | None = None
+    literal: Expr | None = None
     weight: Expr = expr.ONE
     side: tuple[SideTensor, ...] = ()
     requires_grad: bool = False
@@ -94,6 +98,8 @@ class AttentionSite:
     key_map: FeatureMap = IDENTITY
 
     def replace(self, **changes: object) -> AttentionSite:
+        if "literal" not in changes and not changes.keys().isdisjoint(("score", "keep", "fill", "additive", "empty_rows")):
+            changes["literal"] = None
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     @property
@@ -126,8 +132,9 @@ class AttentionSite:
 
     @property
     def expressions(self) -> tuple[Expr, ...]:
-        """Everything that may load or mention a size: score, keep, sink where there is one, weight, divisor."""
-        return (self.score, self.keep, *(() if self.sink is None else (self.sink,)), self.weight, self.divisor)
+        """Everything that may load or mention a size: score, keep, sink and literal where there are any, weight, divisor."""
+        optional = [e for e in (self.sink, self.literal) if e is not None]
+        return (self.score, self.keep, *optional, self.weight, self.divisor)
 
     @property
     def scale(self) -> float | None:

@@ -36,6 +36,13 @@ def test_origin_does_not_count() -> None:
     assert a != site(keep=CAUSAL)
 
 
+def test_who_changes_the_meaning_forgets_its_roundings() -> None:
+    coarse = site(literal=expr.call("add", Score(), Const(0.5, torch.float16), dtype=torch.float16))
+    assert coarse.replace(dropout=0.5).literal == coarse.literal
+    assert coarse.replace(keep=CAUSAL).literal is None
+    assert coarse.replace(keep=CAUSAL, literal=coarse.literal).literal == coarse.literal
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

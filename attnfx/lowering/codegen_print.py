@@ -47,6 +47,8 @@ class Body:
         self.lines: list[str] = []
         self.names: dict[Expr, str] = {}
         self.uses: Counter[Expr] = Counter()
+        #: Whether steps of the scores round to their own dtypes, too.
+        self.typed = False
 
     def count(self, root: Expr) -> None:
         """Learn which nodes of ``root`` are used more than once: those get a line of their own."""
@@ -95,12 +97,12 @@ class Body:
         if isinstance(e, Load):
             return self._load(e)
         assert isinstance(e, Call)
-        if has_score(e) and e.op in ("add", "sub", "mul", "div", "neg") and e.dtype.is_floating_point:
+        if has_score(e) and not self.typed and e.op in ("add", "sub", "mul", "div", "neg") and e.dtype.is_floating_point:
             folded = self._folded(e)
             if folded is not None:
                 return folded
         text = self._call(e)
-        if e.dtype in _NARROW and not has_score(e):
+        if e.dtype in _NARROW and (self.typed or not has_score(e)):
             return f"rounded({_bare(text)}, {_NARROW[e.dtype]})"
         return text
 
@@ -119,6 +121,9 @@ class Body:
             return self._cast(e)
         floats = e.dtype.is_floating_point or (e.op in expr.COMPARE and any(a.dtype.is_floating_point for a in e.args))
         args = [self._as_float(a) if floats and not (e.op == "where" and n == 0) else self.text(a) for n, a in enumerate(e.args)]
+        if self.typed and e.dtype in _NARROW:
+            wide = [has_score(a) and a.dtype.is_floating_point and a.dtype not in _NARROW for a in e.args]
+            args = [f"rounded({_bare(t)}, {_NARROW[e.dtype]})" if w else t for t, w in zip(args, wide, strict=True)]
         if e.op in _BINARY:
             return "(" + f" {_BINARY[e.op]} ".join(args) + ")"
         plain = [_bare(a) for a in args]

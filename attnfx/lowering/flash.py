@@ -26,6 +26,8 @@ class Program:
     score       SCORE(dot, b, h, i, j, loads, ints) -> base-2 logits, fp32
     score_grad  SCORE_GRAD(dot, b, h, i, j, loads, ints) -> d(natural logit) / d(dot), fp32
     keep        KEEP(b, h, i, j, loads, ints) -> bool, or None: everything is kept
+    coarse      COARSE(dot, b, h, i, j, loads, ints) -> natural logits, fill included, as half precision computes them, for
+                rows that have nothing but fills; or None: fp32 means the same
     weight      WEIGHT(b, h, i, j, loads, ints) -> factor of the probabilities after the softmax, fp32, or None: 1
     kv_range    KV_RANGE(i_first, i_last, ints) -> (lo, full_lo, full_hi, hi) of keys, or None: all, none known full
     q_range     the same with the roles of i and j swapped
@@ -48,6 +50,7 @@ class Program:
     hidden: float = -math.inf
     empty_zero: bool = False
     weight: Any | None = None
+    coarse: Any | None = None
 
     @property
     def floor(self) -> float:
@@ -64,7 +67,7 @@ class Program:
 @dataclass(frozen=True)
 class Residuals:
     """What backward needs beside O: natural LSE (B,H,M) fp32; and, only with exact_rows, natural row maxima and sums
-    (B,H,M) fp32 (sums negated in tiles that hold a degenerate row) and a flag (B,H) int32; else tensors of numel 0."""
+    (B,H,M) fp32 (sums negated in degenerate rows) and a flag (B,H) int32; else tensors of numel 0."""
 
     lse: Tensor
     row_max: Tensor
@@ -280,6 +283,7 @@ class _Launch:
             "WEIGHT": program.weight,
             "FILL": program.fill,
             "ADDITIVE": program.additive,
+            "COARSE": program.coarse,
             "EXACT_ROWS": exact,
             "DROPOUT": dropout_p > 0.0,
             "D": d,

@@ -171,7 +171,7 @@ def _flash_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, 
 
 def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
     planned = {g.slot for g in plan.gradients}
-    for slot in plan.used_slots:
+    for slot in plan.differentiated_slots:
         if needed[slot] and slot not in planned:
             raise RuntimeError(
                 f"side tensor {slot} of this attention requires a gradient and the plan was made without one; compile the model "

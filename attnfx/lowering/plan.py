@@ -105,14 +105,18 @@ class KernelPlan:
 
     @cached_property
     def tile_expressions(self) -> tuple[Expr, ...]:
-        """What is evaluated inside of a kernel: score, keep, and the weight where it has one."""
-        return (self.site.score, self.site.keep, *(() if self.weight is None else (self.weight,)))
+        """What is evaluated inside of a kernel: score, keep, and the literal logits and the weight where it has them."""
+        return (self.site.score, self.site.keep, *(e for e in (self.site.literal, self.weight) if e is not None))
 
     @cached_property
     def used_slots(self) -> tuple[int, ...]:
         """The slots that a kernel loads from, in order."""
-        nodes = (n for e in self.tile_expressions for n in expr.walk(e))
-        return tuple(sorted({cast(int, n.slot) for n in nodes if isinstance(n, Load)}))
+        return _slots(self.tile_expressions)
+
+    @cached_property
+    def differentiated_slots(self) -> tuple[int, ...]:
+        """Those of them whose gradients a kernel owes: the literal logits also read what the tables were made from."""
+        return _slots([e for e in self.tile_expressions if e is not self.site.literal])
 
     @cached_property
     def kernel_symbols(self) -> tuple[sympy.Symbol, ...]:
@@ -177,6 +181,8 @@ class KernelPlan:
 def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ...]:
     """The plan of ``site`` for a family, or sentences that say why it has none."""
     site = _numbered(site).replace(origin=Origin())
+    if site.literal is not None and not _needs_exact_rows(site):
+        site = site.replace(literal=None)
     objections = _objections(site, family)
     if objections:
         return objections
@@ -186,12 +192,18 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
     ready = site.replace(
         score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
         sink=None if site.sink is None else clamped(site.sink, site), weight=clamped(site.weight, site),
+        literal=None if site.literal is None else clamped(site.literal, site),
     )  # fmt: skip
     gradients = find(score, ready.side, [t.slot for t in tables], _shared(site))
     if any(isinstance(g, str) for g in gradients):
         return cast(tuple[str, ...], gradients)
     plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols)
     return (_unprintable(plan) if family == "flash" else ()) or plan
+
+
+def _slots(expressions: Sequence[Expr]) -> tuple[int, ...]:
+    nodes = (n for e in expressions for n in expr.walk(e))
+    return tuple(sorted({cast(int, n.slot) for n in nodes if isinstance(n, Load)}))
 
 
 def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
@@ -269,9 +281,8 @@ def _numbered(site: AttentionSite) -> AttentionSite:
             return None
         return Load(slots[node.slot], tuple(expr.rebuild(x, leaf) for x in node.indices), node.dtype)
 
-    sink = None if site.sink is None else expr.rebuild(site.sink, leaf)
-    made = {name: expr.rebuild(getattr(site, name), leaf) for name in ("score", "keep", "weight")}
-    return site.replace(sink=sink, **made)
+    names = [name for name in ("score", "keep", "sink", "literal", "weight") if getattr(site, name) is not None]
+    return site.replace(**{"literal": None, **{name: expr.rebuild(getattr(site, name), leaf) for name in names}})
 
 
 def _needs_exact_rows(site: AttentionSite) -> bool:

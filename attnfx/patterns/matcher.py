@@ -326,14 +326,14 @@ class _Attempt:
         factors = tuple((f, self._factor_operand(f)) for f in outside)
         found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
         dropped = self._dropped()
-        sink = None if dropped is None else canonical(dropped, layout, self.extents)
         made = program(
-            canonical(z, layout, self.extents), sink,
+            canonical(z, layout, self.extents), None if dropped is None else canonical(dropped, layout, self.extents),
             replace(found, weight=canonical(found.weight, layout, self.extents)), self.candidate.empty_rows,
             self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
         )  # fmt: skip
-        parts = (made.score, made.keep, *([] if made.sink is None else [made.sink]), made.weight)
-        (score, keep, *sinks, weight), loads = numbered(self.mirror, self.candidate.output, *parts)
+        sink, literal = (() if e is None else (e,) for e in (made.sink, made.literal))
+        formulas, loads = numbered(self.mirror, self.candidate.output, made.score, made.keep, *sink, made.weight, *literal)
+        score, keep, weight = *formulas[:2], formulas[2 + len(sink)]
         if any(descends(past.node, self.candidate.normaliser) for past in loads):
             raise Refused("its probabilities are multiplied by something that is computed from them")
         if any(descends(past.node, self.dot) for past in loads):
@@ -343,17 +343,17 @@ class _Attempt:
         dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
         if len(set(dtypes)) != 1:
             raise Refused(f"queries, keys and values have dtypes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}")
-        total = self._product
         grad = self.mirror.requires_grad(self.candidate.output)
-        heads = total(layout.heads)
+        heads = self._product(layout.heads)
         ranges = self.extents.known
         site = AttentionSite(
-            batch=total(layout.batch), heads=sympy.expand(heads * total(layout.groups)), key_heads=heads,
+            batch=self._product(layout.batch), heads=sympy.expand(heads * self._product(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
             head_dim=sum(self._number(d, "head_dim") for d in (layout.d, *(d for _, _, d in further))),
             value_dim=math.prod(self._number(s, "value head_dim") for s in layout.width),
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
-            empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=sinks[0] if sinks else None,
+            empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=formulas[2] if sink else None,
+            literal=formulas[-1] if literal else None,
             side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),
             requires_grad=grad,
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),

@@ -15,6 +15,7 @@ from attnfx.expr import INDEX, Expr, Load
 from attnfx.facts import prove
 from attnfx.integers import Ranges, floordiv, modulo
 from attnfx.mirror import Mirror
+from attnfx.nodes import has_score
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.lift import Dot, operation
@@ -26,7 +27,7 @@ from attnfx.patterns.versions import Past, obtainable
 @dataclass(frozen=True)
 class Program:
     """``score`` where ``keep``, else ``fill``; what a query without keys gives; the weight of the probabilities; the logit
-    of a column that has no value."""
+    of a column that has no value; the same logits as half precision computes them, where it does."""
 
     score: Expr
     keep: Expr
@@ -35,6 +36,7 @@ class Program:
     empty_rows: str
     weight: Expr = ONE
     sink: Expr | None = None
+    literal: Expr | None = None
 
 
 def program(
@@ -54,8 +56,14 @@ def program(
     # Beside a finite fill, data in the scores may hide a whole row.
     hidden = sink is None and any(isinstance(n, Load) and n.dtype.is_floating_point for n in expr.walk(logits.score))
     empty = "zero" if zero and (infinite or hidden) else "nan" if infinite else "fill"
-    made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight, sink)
+    made = Program(logits.score, logits.keep, logits.fill, logits.additive, empty, found.weight, sink, z if coarse(z) else None)
     return _remasked(made, logits, prove(logits.keep, length_q, length_k, known).nonempty)
+
+
+def coarse(z: Expr) -> bool:
+    """Whether half precision adds to the scores: near a fill its steps are wider than scores are."""
+    halves = (n for n in expr.walk(z) if isinstance(n, expr.Call) and n.dtype in (torch.float16, torch.bfloat16))
+    return any(n.op in ("add", "sub") and has_score(n) for n in halves)
 
 
 def _may_be_low(score: Expr) -> bool:
@@ -75,7 +83,7 @@ def _remasked(made: Program, logits: Logits, nonempty: bool) -> Program:
         return made
     if again == logits.keep and made.fill <= _HOPELESS:
         lost = "nan" if made.empty_rows == "nan" and not selected else "zero"
-        return replace(made, fill=-math.inf, additive=False, empty_rows=lost, weight=rest)
+        return replace(made, fill=-math.inf, additive=False, empty_rows=lost, weight=rest, literal=None)
     if made.empty_rows == "nan" and selected and not nonempty and logits.keep != expr.TRUE:
         raise Refused("its probabilities are masked again, by another mask, and a query without keys would give NaN in part")
     return made

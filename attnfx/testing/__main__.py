@@ -24,7 +24,8 @@ by itself. The exit status is 1 if any program is wrong.
 _EXAMPLES = """\
 examples:
   python -m attnfx.testing                                        300 programs, half a minute
-  python -m attnfx.testing --programs 100000 --seed 7 --workers 2 a night's worth in two or three hours
+  python -m attnfx.testing --programs 100000 --seed 7 --workers 2 all of them: two or three hours
+  python -m attnfx.testing --programs 50000 --first 50000 --seed 7 their second half
   python attention_failures/seed0_1234.py                         one failure, alone
 """
 
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--programs", type=int, default=300, metavar="N", help="how many programs (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="which programs (default 0)")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="K", help="the number of the first program: a part of a larger run (default 0)"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1); give one a core")
     parser.add_argument(
         "--dynamo-every", type=int, default=10, metavar="N",
@@ -52,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         line = f"{tally.programs} of {given.programs} programs, {len(tally.failures)} wrong, {left / 60:.0f} min left"
         print(f"\r{line:<72}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
-    tally = many(given.programs, given.seed, given.workers, dynamo_every=given.dynamo_every, progress=progress)
-    print(f"\n{summary(tally)}\n{time.perf_counter() - start:.0f} s")
+    tally = many(given.programs, given.seed, given.workers, first=given.first, dynamo_every=given.dynamo_every, progress=progress)
+    print(f"\n{summary(tally, time.perf_counter() - start)}")
     if tally.failures:
         given.failures.mkdir(parents=True, exist_ok=True)
         for failure in tally.failures:
@@ -63,9 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if tally.failures else 0
 
 
-def summary(tally: Tally) -> str:
-    """What was matched, by property; why exact programs were left; mutations and the share of each that was left."""
-    lines = [f"{tally.programs} programs, {len(tally.failures)} wrong"]
+def summary(tally: Tally, seconds: float) -> str:
+    """How fast it went; what was matched, by property; why exact programs were left; mutations and the share of each left."""
+    rate = tally.programs / max(seconds, 1e-9)
+    lines = [f"{tally.programs} programs in {seconds:.0f} s, {rate:.1f} a second, {len(tally.failures)} wrong"]
     if tally.seen["exact"]:
         lines += [f"exact attentions: {tally.seen['exact']}, matched {tally.share('exact'):.1%}", "", "matched, by what they hold"]
         names = sorted(name for name in tally.seen if ": " in name and not name.startswith("mutation"))

@@ -168,11 +168,19 @@ for ours, eager in zip(*(out if isinstance(out, tuple) else (out,) for out in (c
 
 
 def many(
-    programs: int, seed: int = 0, workers: int = 1, *, dynamo_every: int = 10, progress: Callable[[int, Tally], None] | None = None
+    programs: int,
+    seed: int = 0,
+    workers: int = 1,
+    *,
+    first: int = 0,
+    dynamo_every: int = 10,
+    progress: Callable[[int, Tally], None] | None = None,
 ) -> Tally:
-    """The tally of programs 0 to ``programs`` of a seed, spread over processes. ``progress`` is called with each part."""
+    """The tally of ``programs`` programs of a seed from number ``first`` on, spread over processes. A program depends on the seed
+    and its number alone, so parts of a run add up to the whole. ``progress`` is called with each part."""
     total = Tally()
-    parts = [range(at, min(at + CHUNK, programs)) for at in range(0, programs, CHUNK)]
+    end = first + programs
+    parts = [range(at, min(at + CHUNK, end)) for at in range(first, end, CHUNK)]
     work = partial(examine, seed, dynamo_every=dynamo_every)
     for part, tally in zip(parts, _mapped(work, parts, workers), strict=True):
         total.update(tally)

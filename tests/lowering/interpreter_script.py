@@ -10,6 +10,7 @@ import torch
 from lowering_sites import MIN32, SCALED, B, Example, I, J, causal, distance, examples, inputs, load, side, site, t5
 
 from attnfx import expr
+from attnfx.expr import Expr
 from attnfx.lowering import kernel_gradients, ops, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 
@@ -22,7 +23,7 @@ NAMES = (
 
 
 def chosen() -> list[Example]:
-    """A handful of the examples, and three with what only kernels and blocks share: dropout, flooring, wide indices."""
+    """A handful of the examples, and more with what only kernels and blocks share: dropout, flooring, wide indices."""
     found = [e for e in examples() if e.name in NAMES]
     assert len(found) == len(NAMES), sorted(set(NAMES) - {e.name for e in found})
     dropped = site(t5(), causal(16), side=(side(32, 4, grad=True),), dropout=0.3)
@@ -38,7 +39,32 @@ def chosen() -> list[Example]:
             lambda dtype: (torch.randn(2, 53).half(),),
         ),
     ]
-    return found + more
+    return found + more + [half_fills(queries) for queries in (37, 4)]
+
+
+def half_fills(queries: int) -> Example:
+    """Two fills and a bias added in half precision: rows that have nothing but fills are rounded as the model rounds them."""
+    half, keys = torch.float16, 37 if queries == 37 else 530  # many keys for few queries: the other kernels
+
+    def fill(keep: Expr) -> Expr:
+        return expr.where(keep, expr.constant(0.0, half), expr.constant(-1e4, half), half)
+
+    ahead, kept = causal(-16 if queries == 37 else -3), load(0, I, J, dtype=torch.bool)
+    bias = load(1, I, J, dtype=half)
+    wide = expr.call("add", expr.call("add", SCALED, bias, dtype=torch.float32), fill(ahead), dtype=torch.float32)
+    typed = SCALED
+    for term in (bias, fill(ahead), fill(kept)):
+        typed = expr.call("add", typed, term, dtype=half)
+    made = site(
+        wide, kept, fill=-1e4, additive=True, empty_rows="fill", literal=typed, queries=queries, keys=keys,
+        side=(side(queries, keys, dtype=torch.bool), side(queries, keys, dtype=half, grad=True)),
+    )  # fmt: skip
+
+    def loads(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        bias = (torch.randn(queries, keys) * 8).half().requires_grad_()
+        return (torch.rand(queries, keys) < 0.5) & (torch.arange(queries)[:, None] != 1), bias
+
+    return Example(f"half fills of {queries} queries", made, loads)
 
 
 def run(example: Example) -> dict[str, float]:

@@ -78,6 +78,38 @@ def no_query_has_keys(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
     return (q @ k.transpose(-1, -2)).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
+def half_fill_added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
+    """Half precision adds in wide steps where a query has no keys: the scores are lost, or come out in eights."""
+    return (q @ k.transpose(-1, -2) * 3.0 + (1.0 - keep.to(q.dtype)) * -1e4).softmax(-1) @ v
+
+
+def half_fills_added_up(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
+    """Two lowest numbers of float16 make -inf, and a query that has nothing else NaN; of bfloat16 too."""
+    low = torch.where(keep, torch.zeros([], dtype=q.dtype), torch.finfo(q.dtype).min)
+    return (q @ k.transpose(-1, -2) + low + (1.0 - keep.flip(1).to(q.dtype)) * torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def half_fill_in_a_fill(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Any:
+    s = (q @ k.transpose(-1, -2)).masked_fill(~keep, -1e4) + torch.where(keep.flip(1), 0.0, -1e4).to(q.dtype)
+    return s.float().softmax(-1).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("f", [half_fill_added, half_fills_added_up, half_fill_in_a_fill])
+def test_half_precision_of_queries_without_keys(f: Callable[..., Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, 6, 4, dtype=dtype) for _ in range(3)]
+    keep = (torch.rand(6, 6) > 0.5) & (torch.arange(6)[:, None] % 3 != 1)
+    inputs = [[x.clone().requires_grad_() for x in given] for _ in range(2)]
+    ours, report = compiled(f, *inputs[0], keep, inner="eager")
+    eager = f(*inputs[1], keep)
+    assert_same(ours, eager)
+    weights = torch.arange(eager.numel()).reshape(eager.shape).sin()
+    gradients = [torch.autograd.grad((o * weights).sum(), x) for o, x in zip((ours, eager), inputs, strict=True)]
+    assert_same(*gradients, tolerance=6e-2)
+    assert len(report.sites) == 1
+
+
 @pytest.mark.parametrize("f", FOUND)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_same_as_eager(f: Callable[..., Any], inner: str) -> None:

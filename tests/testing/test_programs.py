@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnfx.testing import Program, Unspellable, check, programs, seeded_program, shrink, source
 from attnfx.testing.__main__ import main, summary
-from attnfx.testing.bulk import Tally, examine, kind_of, program_of, runnable
+from attnfx.testing.bulk import Tally, examine, kind_of, many, program_of, runnable
 from attnfx.testing.choices import choose_program
 from attnfx.testing.judge import Results, difference, load
 from attnfx.testing.mutations import MUTATIONS
@@ -144,6 +144,9 @@ def test_reasons_are_counted_by_kind() -> None:
     assert kind_of("side tensor 3 needs it") == kind_of("side tensor 12 needs it")
     tally = Tally()
     tally.update(examine(5, range(4), dynamo_every=0))
+    parts = many(2, 5, dynamo_every=0)
+    parts.update(many(2, 5, first=2, dynamo_every=0))
+    assert parts == tally
     alone = tally.seen["a single key: its weight is always 1"]
     assert tally.programs == tally.seen["exact"] + tally.seen["mutated"] + alone
     assert 0.0 <= tally.share("exact") <= 1.0
@@ -152,6 +155,8 @@ def test_reasons_are_counted_by_kind() -> None:
 def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
     assert main(["--programs", "6", "--dynamo-every", "0", "--failures", str(tmp_path)]) == 0
     assert "exact attentions: 3" in capsys.readouterr().out
+    assert main(["--programs", "3", "--first", "6", "--dynamo-every", "0", "--failures", str(tmp_path)]) == 0
+    assert f"refused {0 if check(program_of(0, 8)).matched else 100:.1f}%" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "The same seed gives the same programs" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def _weights(problem: Problem, block: Block, result: Result) -> tuple[Block, Ten
     if plan.exact_rows and not bool((result.row_sum[at] > 0).all()):  # a sum of NaN too
         block = problem.all_keys(block)
         dot = dots(problem, block)
-        z, keep = literal_logits(problem, block, dot)
+        z, keep = literal_logits(problem, block, dot, result.row_sum[at][..., None] < 0.0)
         p = (z - result.row_max[at][..., None]).exp_() / result.row_sum[at].abs()[..., None]
         return block, p, None if plan.site.additive else keep, problem.slope(block, dot)
     lse = result.lse[at][..., None]

@@ -161,18 +161,18 @@ class Problem:
 
     def logits(self, block: Block, dot: Tensor) -> Tensor:
         """Natural logits (B',H',R,C) from raw dots, before the mask."""
-        z = evaluate(
-            self.plan.site.score, self.grid(block), self.loads, self.values, score=dot, dtype=self.oracle,
-            known=self.known(self.plan.site.score, block),
-        )  # fmt: skip
-        return z.to(self.dtype).expand(dot.shape)
+        return self.evaluated(self.plan.site.score, block, dot).to(self.dtype).expand(dot.shape)
+
+    def evaluated(self, e: Expr, block: Block, dot: Tensor) -> Tensor:
+        """A formula of the raw dots, broadcastable to (B',H',R,C)."""
+        return evaluate(e, self.grid(block), self.loads, self.values, score=dot, dtype=self.oracle, known=self.known(e, block))
 
     def slope(self, block: Block, dot: Tensor) -> Tensor:
         """d logits / d dot, broadcastable to (B',H',R,C)."""
         e = self.plan.score_derivative
         if e is None:
             raise RuntimeError("the score program of this attention has no derivative, and none was planned")
-        return evaluate(e, self.grid(block), self.loads, self.values, score=dot, dtype=self.oracle, known=self.known(e, block))
+        return self.evaluated(e, block, dot)
 
     def keep(self, block: Block) -> Tensor | None:
         """The mask, broadcastable to (B',H',R,C); None where all of the block is kept."""

@@ -17,7 +17,7 @@ from attnfx.lowering.portable.blocks import Block, Problem
 
 class Result(NamedTuple):
     """O (B,H,M,DV) laid out (B,M,H,DV); natural LSE (B,H,M); row maxima and sums (B,H,M) and a flag (B,H) int32, all of numel 0
-    unless the plan has exact rows. A negative sum marks a row of a block that was computed over all keys, as eager does it."""
+    unless the plan has exact rows. A negative sum marks a row that was computed over all keys, as eager does it."""
 
     out: Tensor
     lse: Tensor
@@ -28,13 +28,14 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Unnormalised weights of a block, their row maxima and sums (B',H',R,1); ``literal``: eager's own, over all keys."""
+    """Unnormalised weights of a block, their row maxima and sums (B',H',R,1); ``literal``: the rows whose weights are eager's
+    own, over all keys, None where there are none."""
 
     block: Block
     p: Tensor
     row_max: Tensor
     row_sum: Tensor
-    literal: bool
+    literal: Tensor | None
 
 
 def forward(
@@ -86,10 +87,12 @@ def block_weights(problem: Problem, block: Block) -> Weights:
     plan = problem.plan
     z = masked_logits(problem, block, dots(problem, block))
     row_max = z.amax(-1, keepdim=True) if z.shape[-1] else z.new_full((*z.shape[:-1], 1), -math.inf)
-    literal = plan.exact_rows and bool(((row_max <= plan.floor) | (row_max >= -plan.hidden)).any())
-    if literal and plan.masked:
+    literal = (row_max <= plan.floor) | (row_max >= -plan.hidden) if plan.exact_rows else None
+    if literal is not None and not bool(literal.any()):
+        literal = None
+    if literal is not None and (plan.masked or plan.site.literal is not None):
         block = problem.all_keys(block)
-        z = literal_logits(problem, block, dots(problem, block))[0]
+        z = literal_logits(problem, block, dots(problem, block), literal)[0]
         row_max = z.amax(-1, keepdim=True)
     if plan.empty_zero or not plan.exact_rows:
         row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
@@ -109,15 +112,17 @@ def masked_logits(problem: Problem, block: Block, dot: Tensor) -> Tensor:
     return z if keep is None else z.masked_fill(~keep, -math.inf)
 
 
-def literal_logits(problem: Problem, block: Block, dot: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits as the model fills them, and the mask."""
+def literal_logits(problem: Problem, block: Block, dot: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits as the model fills them, in some ``rows`` (B',H',R,1) as it rounds them too, and the mask."""
     z, keep, site = problem.logits(block, dot), problem.keep(block), problem.plan.site
-    if keep is None:
-        return z, keep
-    if site.additive:
+    if keep is not None and site.additive:
         # the model's own sum: at finfo.min the score is lost to rounding
-        return z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)), keep
-    return z.masked_fill(~keep, site.fill), keep
+        z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill))
+    elif keep is not None:
+        z = z.masked_fill(~keep, site.fill)
+    if site.literal is not None and problem.oracle is None:
+        z = torch.where(rows, problem.evaluated(site.literal, block, dot).to(problem.dtype), z)
+    return z, keep
 
 
 def _store(result: Result, problem: Problem, w: Weights) -> None:
@@ -135,7 +140,7 @@ def _store(result: Result, problem: Problem, w: Weights) -> None:
     if exact:
         result.row_max[at] = w.row_max[..., 0]
         # a sum that is NaN would lose its sign; the weights of such a row are NaN by its maximum
-        marked = -w.row_sum.nan_to_num(nan=1.0).masked_fill(w.row_sum == 0.0, 1.0) if w.literal else w.row_sum
-        result.row_sum[at] = marked[..., 0]
-        if w.literal:
+        marked = -w.row_sum.nan_to_num(nan=1.0).masked_fill(w.row_sum == 0.0, 1.0)
+        result.row_sum[at] = (w.row_sum if w.literal is None else torch.where(w.literal, marked, w.row_sum))[..., 0]
+        if w.literal is not None:
             result.degenerate[at[:2]] = 1

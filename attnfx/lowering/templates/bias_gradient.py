@@ -36,6 +36,7 @@ def flash_bias_gradient(
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
@@ -113,14 +114,14 @@ def flash_bias_gradient(
             if visit:
                 acc += _tile_gradient(
                     q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
-                    heads, group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D,
-                    DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                    heads, group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
+                    DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
         else:
             acc += _tile_gradient(
                 q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads,
-                group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, D, DV,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
@@ -174,6 +175,7 @@ def _tile_gradient(
     WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
@@ -211,7 +213,7 @@ def _tile_gradient(
     i = tl.minimum(offs_m, M - 1)[:, None]
     j = tl.minimum(offs_n, N - 1)[None, :]
     weights, live = softmax_weights(
-        dot, statistics, i, j, key_ok, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, True,
+        dot, statistics, i, j, key_ok, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, True,
     )  # fmt: skip
     dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
     dweights = dweights * probability_factor(i, j, (b, h, bh), noise, loads, ints, WEIGHT, DROPOUT)

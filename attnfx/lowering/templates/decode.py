@@ -38,6 +38,7 @@ def decode_partial(
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
@@ -112,13 +113,13 @@ def decode_partial(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, full_lo, full_lo + gap, 0, 0, i, N, at, noise, loads, ints, SCORE, KEEP,
-            None, FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, steps, full_lo, full_lo + gap, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
+            None, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, N, at, noise, loads, ints, SCORE,
-            KEEP, None, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
+            KEEP, None, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
 
     place = split.to(tl.int64) * total + (b * heads + key_head * group).to(tl.int64) * M + row
@@ -179,6 +180,7 @@ def decode_merge(
     CEILING: tl.constexpr,
     EMPTY_ZERO: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
@@ -225,7 +227,7 @@ def decode_merge(
     stat = place + tl.arange(0, 1)
     if EXACT_ROWS:
         is_degenerate = tl.max(((m <= FLOOR) | (m >= CEILING)).to(tl.int32), 0) > 0
-        if float("-inf") < FILL:  # noqa: SIM102
+        if float("-inf") < FILL or COARSE is not None:  # noqa: SIM102
             if is_degenerate:
                 noise = (0, dropout_p)
                 if DROPOUT:
@@ -243,9 +245,9 @@ def decode_merge(
                 l_rows = tl.zeros([BLOCK_M], tl.float32)
                 acc_rows = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc_rows, l_rows, m_rows = _visit(
-                    acc_rows, l_rows, m_rows, q_tile, keys, values, steps, 0, N, 0, 0, rows[:, None], N, (b, h, bh), noise, loads,
-                    ints, SCORE, KEEP, None, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
-                    PRECISION,
+                    acc_rows, l_rows, m_rows, q_tile, keys, values, steps, 0, N, 0, 0, rows[:, None], rows == i, N, (b, h, bh),
+                    noise, loads, ints, SCORE, KEEP, None, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D,
+                    BLOCK_DV, STAGES, PRECISION,
                 )  # fmt: skip
                 top = tl.arange(0, BLOCK_M) == 0
                 natural_max = tl.zeros([1], tl.float32) + tl.sum(tl.where(top, m_rows, 0.0), 0)

@@ -76,6 +76,7 @@ def flash_query_gradient(
     KV_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
@@ -136,14 +137,14 @@ def flash_query_gradient(
     if KEEP is None or KV_RANGE is not None:
         acc = _visit_keys(
             acc, q_tile, grad_tile, keys, values, steps, statistics, full_lo, full_hi, 0, 0, i, N, at, noise, loads,
-            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
+            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
             BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
         acc = _visit_keys(
             acc, q_tile, grad_tile, keys, values, steps, statistics, lo, hi - gap, full_lo, gap, i, N, at, noise, loads,
-            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-            STAGES, PRECISION,
+            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D,
+            BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
     tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
@@ -174,6 +175,7 @@ def _visit_keys(
     WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -205,7 +207,7 @@ def _visit_keys(
         v_tile = load_tile(values + tl.cast(start, tl.int64) * v_step, inside, dv_ok, MASKED, DV != BLOCK_DV)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         weights, live = softmax_weights(
-            dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
+            dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,
         )  # fmt: skip
         dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
         dweights = dweights * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
@@ -245,6 +247,7 @@ def flash_key_gradient(
     Q_RANGE: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
@@ -301,13 +304,13 @@ def flash_key_gradient(
         if KEEP is None or Q_RANGE is not None:
             dk, dv = _visit_rows(
                 dk, dv, k_tile, v_tile, queries, grads, steps, stats, full_lo, full_hi, 0, 0, j, M, at, noise, loads,
-                ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
+                ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
                 BLOCK_DV, STAGES, PRECISION,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
                 dk, dv, k_tile, v_tile, queries, grads, steps, stats, lo, hi - gap, full_lo, gap, j, M, at, noise,
-                loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
+                loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
                 BLOCK_D, BLOCK_DV, STAGES, PRECISION,
             )  # fmt: skip
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
@@ -342,6 +345,7 @@ def _visit_rows(
     WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -377,7 +381,7 @@ def _visit_rows(
         statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
         dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weights, live = softmax_weights(
-            dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, EXACT_ROWS, MASKED,
+            dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,
         )  # fmt: skip
         # dv before dweights: fewer tiles are alive at once
         factor = probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)

@@ -48,6 +48,7 @@ def flash_forward(
     CEILING: tl.constexpr,
     EMPTY_ZERO: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
@@ -64,8 +65,8 @@ def flash_forward(
 
     FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
     row degenerate; with EMPTY_ZERO a row of -inf gives zeros and not NaN. With EXACT_ROWS
-    every row also gets its natural maximum and sum; the sum is stored negated in tiles that hold a degenerate row: so
-    the backward kernels can tell.
+    every row also gets its natural maximum and sum; the sum is stored negated in degenerate rows: so the backward kernels
+    can tell. There, and only there, COARSE gives the natural logits, fill included, as the model's half precision rounds them.
     """
     tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -105,35 +106,36 @@ def flash_forward(
     gap = full_hi - full_lo
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, full_lo, full_hi, 0, 0, i, N, at, noise, loads, ints, SCORE, KEEP,
-            WEIGHT, FILL, ADDITIVE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, steps, full_lo, full_hi, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
+            WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, N, at, noise, loads, ints, SCORE,
-            KEEP, WEIGHT, FILL, ADDITIVE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
+            KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
     stat_ok = offs_m < M
     natural_max = m * LN2
     if EXACT_ROWS:
-        some_degenerate = tl.max((((m <= FLOOR) | (m >= CEILING)) & stat_ok).to(tl.int32), 0) > 0
-        if float("-inf") < FILL:  # noqa: SIM102
+        low = ((m <= FLOOR) | (m >= CEILING)) & stat_ok
+        some_degenerate = tl.max(low.to(tl.int32), 0) > 0
+        if float("-inf") < FILL or COARSE is not None:  # noqa: SIM102
             # eager gives such rows weight where nothing is kept: start again, with every key, in natural units
             if some_degenerate:
                 natural_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
                 l = tl.zeros([BLOCK_M], tl.float32)
                 acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc, l, natural_max = _visit(
-                    acc, l, natural_max, q_tile, keys, values, steps, 0, N, 0, 0, i, N, at, noise, loads, ints, SCORE,
-                    KEEP, WEIGHT, FILL, ADDITIVE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                    acc, l, natural_max, q_tile, keys, values, steps, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
+                    KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
                 )  # fmt: skip
         if EMPTY_ZERO:
             natural_max = tl.where(natural_max == float("-inf"), 0.0, natural_max)
         tl.store(row_max + stat, natural_max, mask=stat_ok)
         # an empty -inf row sums to 0, whose sign would be lost
-        marked = tl.where(some_degenerate, -tl.where(l == 0.0, 1.0, l), l)
+        marked = tl.where(low, -tl.where(l == 0.0, 1.0, l), l)
         tl.store(row_sum + stat, marked, mask=stat_ok)
         tl.store(degenerate + bh, 1, mask=some_degenerate)
         acc = acc / (tl.where(l == 0.0, 1.0, l) if EMPTY_ZERO else l)[:, None]
@@ -158,6 +160,7 @@ def _visit(
     split,
     gap,
     i,
+    low,
     N,
     at,
     noise,
@@ -168,6 +171,7 @@ def _visit(
     WEIGHT: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     MASKED: tl.constexpr,
     LITERAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -182,7 +186,7 @@ def _visit(
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
     Positions run from lo to hi. Where MASKED, those from `split` on lie `gap` keys further: one loop serves the masked
-    tiles on either side of the unmasked ones.
+    tiles on either side of the unmasked ones. `low` [BLOCK_M]: the rows that COARSE is for, where LITERAL.
     """
     b, h, _ = at
     k_step, v_step = steps
@@ -207,6 +211,8 @@ def _visit(
             if KEEP is not None:
                 keep = KEEP(b, h, i, j, loads, ints)
                 z = z + tl.where(keep, 0.0, FILL) if ADDITIVE else tl.where(keep, z, FILL)
+            if COARSE is not None:
+                z = tl.where(low[:, None], COARSE(dot, b, h, i, j, loads, ints), z)
             z = tl.where(inside[None, :], z, float("-inf"))
         elif MASKED:
             if KEEP is None:

@@ -9,7 +9,7 @@ from attnfx.lowering.templates.tiles import LN2, LOG2E, visited_range
 
 @triton.jit
 def row_statistics(stats, bh, offs_row, M, EXACT_ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """(lse2, delta, row_max, row_sum) [ROWS] of head `bh`; row_sum is negative in a tile with a degenerate row.
+    """(lse2, delta, row_max, row_sum) [ROWS] of head `bh`; row_sum is negative in degenerate rows.
 
     Rows from M on get an infinite LSE and maximum: all their weights are 0, and no mask of rows is needed later.
     """
@@ -70,6 +70,7 @@ def softmax_weights(
     KEEP: tl.constexpr,
     FILL: tl.constexpr,
     ADDITIVE: tl.constexpr,
+    COARSE: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -95,6 +96,8 @@ def softmax_weights(
             else:
                 z = tl.where(keep, z, FILL)
                 live = both(keep, inside)
+        if COARSE is not None:
+            z = tl.where(row_sum < 0.0, COARSE(dot, b, h, i, j, loads, ints), z)
         weights = tl.exp2((z - row_max) * LOG2E) / tl.abs(row_sum)
         if inside is not None:
             weights = tl.where(inside, weights, 0.0)
