@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import sympy
 import torch
-from torch.utils._sympy.functions import PythonMod
 
 from attnfx import expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
-from attnfx.integers import FloorDiv, Mod
+from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 
 if TYPE_CHECKING:
     from attnfx.site import AttentionSite
@@ -123,10 +122,22 @@ def integer(e: sympy.Expr, numbers: Mapping[sympy.Symbol, Value]) -> Value:
         return args[0] ** args[1]
     total = args[0]
     for a in args[1:]:
-        total = total + a if e.is_Add else total * a
-    if not (e.is_Add or e.is_Mul):
+        total = _larger(total, a, isinstance(e, Max)) if isinstance(e, Max | Min) else total + a if e.is_Add else total * a
+    if not (e.is_Add or e.is_Mul or isinstance(e, Max | Min)):
         raise ValueError(f"cannot evaluate the integer expression {e}")
     return total
+
+
+def _larger(a: Value, b: Value, larger: bool) -> Value:
+    """The larger of two integers, or the smaller one; numbers known at run time only are not asked for their values."""
+    if not isinstance(a, torch.Tensor):
+        a, b = b, a
+    if not isinstance(a, torch.Tensor):
+        symbolic: Callable[[Value, Value], Value] = torch.sym_max if larger else torch.sym_min
+        return symbolic(a, b)
+    if isinstance(b, torch.Tensor):
+        return torch.maximum(a, b) if larger else torch.minimum(a, b)
+    return a.clamp(min=b) if larger else a.clamp(max=b)
 
 
 def grid_of(batch: int, heads: int, rows: range, columns: range, device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,15 +1,18 @@
-"""Integer algebra for positions: floor-division and modulo that simplify, and bounds of polynomials over ranges of their
-symbols."""
+"""Integer algebra for positions: floor-division, modulo, maxima and minima that simplify, and bounds of polynomials over ranges
+of their symbols."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
-__all__ = ["FloorDiv", "Mod", "Ranges", "floordiv", "modulo", "recombined", "replace"]
+__all__ = ["FloorDiv", "Max", "Min", "Mod", "PythonMod", "Ranges", "extremum", "floordiv", "modulo", "recombined", "replace"]
+
+#: How many maxima and minima are opened up, one inside the cases of another, to prove a bound.
+NESTED = 3
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,11 @@ class Ranges:
 
     def minimum(self, e: sympy.Expr) -> sympy.Expr | None:
         """A lower bound of ``e`` that holds everywhere in range, as a number; None where none was found."""
-        return self._extreme(sympy.expand(e), lower=True)
+        return self._least(sympy.expand(e))
 
     def maximum(self, e: sympy.Expr) -> sympy.Expr | None:
         """An upper bound of ``e`` as a number; None where none was found."""
-        value = self._extreme(sympy.expand(-e), lower=True)
+        value = self._least(sympy.expand(-e))
         return None if value is None else -value
 
     def nonnegative(self, e: sympy.Expr) -> bool:
@@ -33,18 +36,31 @@ class Ranges:
         low = self.minimum(e)
         return low is not None and bool(low >= 0)
 
-    def _extreme(self, e: sympy.Expr, lower: bool) -> sympy.Expr | None:
+    def _least(self, e: sympy.Expr, nested: int = NESTED) -> sympy.Expr | None:
         # Eliminate bounded symbols one by one: e is affine in each, so its minimum lies at an end of the range.
         for _ in range(24):
             if e.is_Integer:
                 return e
             if e.is_Number or e.has(sympy.zoo, sympy.nan):
                 return None
+            choice = max(e.atoms(Max, Min), key=lambda x: (sympy.count_ops(x), str(x)), default=None)
+            if choice is not None:
+                return self._of_cases(e, choice, nested - 1) if nested else None
             step = self._eliminate(e)
             if step is None:
                 return sympy.Integer(0) if e.is_nonnegative else None
             e = sympy.expand(step)
         return None
+
+    def _of_cases(self, e: sympy.Expr, choice: sympy.Expr, nested: int) -> sympy.Expr | None:
+        """A lower bound of ``e``, which is ``e`` with one of the operands of ``choice`` in its place."""
+        cases = [self._least(sympy.expand(e.xreplace({choice: x})), nested) for x in choice.args]
+        slope = e.coeff(choice)
+        sign = 0 if (e - slope * choice).has(choice) else self._sign(slope)
+        found = [x for x in cases if x is not None]
+        if sign and (sign > 0) == isinstance(choice, Max):  # no operand makes e larger than choice does
+            return max(found, default=None)
+        return min(found) if len(found) == len(cases) else None
 
     def _eliminate(self, e: sympy.Expr) -> sympy.Expr | None:
         for atom in sorted(e.atoms(FloorDiv, Mod, PythonMod), key=str):
@@ -108,6 +124,20 @@ def modulo(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.
     return Mod(rest, b) if rest.is_nonnegative and b.is_positive else PythonMod(rest, b)
 
 
+def extremum(kind: type[sympy.Expr], operands: Sequence[sympy.Expr], ranges: Ranges | None = None) -> sympy.Expr:
+    """``Max`` or ``Min`` of ``operands`` without those that another one is proved to bound."""
+    kept: list[sympy.Expr] = []
+    for x in operands:
+        if ranges is not None and any(_bounds(y, x, kind, ranges) for y in kept):
+            continue
+        kept = [y for y in kept if ranges is None or not _bounds(x, y, kind, ranges)] + [x]
+    return kind(*kept)
+
+
+def _bounds(a: sympy.Expr, b: sympy.Expr, kind: type[sympy.Expr], ranges: Ranges) -> bool:
+    return ranges.nonnegative(a - b if kind is Max else b - a)
+
+
 def recombined(e: sympy.Expr) -> sympy.Expr:
     """``e`` with digits put together again: ``b * floor(a / b) + a mod b`` is ``a``, for any factor of the whole."""
     e = sympy.expand(e)
@@ -153,7 +183,8 @@ def _below(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None) -> bool:
 
 
 def replace(e: sympy.Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: Ranges | None = None) -> sympy.Expr:
-    """``e`` with symbols replaced, re-simplifying every floor-division and modulo on the way up, and sums of digits."""
+    """``e`` with symbols replaced, re-simplifying every floor-division, modulo, maximum and minimum on the way up, and
+    sums of digits."""
     if not e.args:
         return mapping.get(e, e)
     args = [replace(a, mapping, ranges) for a in e.args]
@@ -161,5 +192,7 @@ def replace(e: sympy.Expr, mapping: Mapping[sympy.Symbol, sympy.Expr], ranges: R
         return floordiv(args[0], args[1], ranges)
     if isinstance(e, Mod | PythonMod):
         return modulo(args[0], args[1], ranges)
+    if isinstance(e, Max | Min):
+        return extremum(type(e), args, ranges)
     made = sympy.expand(e.func(*args))
     return recombined(made) if made.is_Add and made.has(Mod, PythonMod) else made

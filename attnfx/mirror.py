@@ -11,8 +11,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from attnfx.integer_functions import canonical
 from attnfx.integers import Ranges
-from attnfx.world import World
+from attnfx.world import World, known
 
 
 @dataclass
@@ -136,7 +137,11 @@ def sizes(node: fx.Node) -> tuple[sympy.Expr, ...]:
 
 
 def as_sympy(value: int | torch.SymInt) -> sympy.Expr:
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+    """A size or another integer of a graph, in the functions that index expressions hold where it has a form there."""
+    if not isinstance(value, torch.SymInt):
+        return sympy.Integer(value)
+    e = value.node.expr
+    return e if e.is_Symbol else canonical(e, known(value.node.shape_env, e.free_symbols))
 
 
 def is_tensor(node: object) -> bool:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import sympy
 import torch
-from torch.utils._sympy.functions import PythonMod
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Int, Load, Score
-from attnfx.integers import FloorDiv, Mod
+from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 
 if TYPE_CHECKING:
     from attnfx.site import AttentionSite
@@ -83,6 +82,9 @@ def integer(e: sympy.Expr) -> tuple[str, int]:
     if isinstance(e, FloorDiv | Mod | PythonMod):
         sign = "//" if isinstance(e, FloorDiv) else " mod "
         return sign.join(parenthesised(*integer(a), 6) for a in e.args), 5
+    if isinstance(e, Max | Min):
+        operands = ", ".join(text for text, _ in map(integer, sorted(e.args, key=str)))
+        return f"{'max' if isinstance(e, Max) else 'min'}({operands})", 9
     if e.is_Add:
         terms = sorted(sympy.Add.make_args(e), key=lambda t: (bool(t.could_extract_minus_sign()), bool(t.is_number), str(t)))
         text = parenthesised(*integer(terms[0]), 4)

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.integers import FloorDiv, Mod
+from attnfx.integer_functions import foreign
+from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 from attnfx.mirror import Mirror, as_sympy, is_tensor
 from attnfx.patterns.axes import Axis, Operand
 from attnfx.patterns.matcher import Match
@@ -20,6 +21,7 @@ from attnfx.patterns.versions import Past, as_read, hidden_by
 
 #: New nodes call operators and not methods: those a compiled graph can be cached with.
 _ATEN: Any = torch.ops.aten
+_COMBINED: dict[type, Callable[..., Any]] = {sympy.Add: operator.add, Max: torch.sym_max, Min: torch.sym_min}
 #: Methods whose result depends on the strides of what they are called on.
 _STRIDE_SENSITIVE = frozenset(("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "storage_offset"))
 #: Operations that give memory of their own, in an order that does not depend on what they read, or any view that there is.
@@ -225,16 +227,16 @@ class Splicer:
             return int(e)
         if e.is_Symbol:
             return self._symbol(e)
-        args = [self.number(a) for a in e.args]
-        if isinstance(e, FloorDiv | Mod):
-            return self.call(operator.floordiv if isinstance(e, FloorDiv) else operator.mod, *args)
-        if not (e.is_Add or e.is_Mul or (e.is_Pow and e.args[1].is_Integer and e.args[1] > 0)):
+        if foreign(e):
             raise LookupError(f"the size {e} cannot be computed in the graph")
+        args = [self.number(a) for a in e.args]
+        if isinstance(e, FloorDiv | Mod | PythonMod):
+            return self.call(operator.floordiv if isinstance(e, FloorDiv) else operator.mod, *args)
         if e.is_Pow:
             args = [args[0]] * int(e.args[1])
         total = args[0]
         for a in args[1:]:
-            total = self.call(operator.add if e.is_Add else operator.mul, total, a)
+            total = self.call(_COMBINED.get(type(e), operator.mul), total, a)
         return total
 
     def _symbol(self, s: sympy.Symbol) -> fx.Node:

@@ -14,11 +14,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from attnfx.errors import AttnfxError
 from attnfx.expr import INDEX, OPERATIONS, Call, Const, Expr, Int, Load, Score, children
 from attnfx.feature_maps import KINDS, FeatureMap
+from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 from attnfx.site import AttentionSite, SideTensor
 
 Json = Any
@@ -188,6 +188,8 @@ _INTEGERS: dict[str, tuple[Any, Callable[..., sympy.Expr]]] = {
     "FloorDiv": (FloorDiv, _nonzero(FloorDiv)),
     "Mod": (Mod, _nonzero(Mod)),
     "PythonMod": (PythonMod, _nonzero(PythonMod)),
+    "Max": (Max, Max),
+    "Min": (Min, Min),
 }
 
 

@@ -26,6 +26,7 @@ from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.facts import Facts, prove
 from attnfx.feature_maps import IDENTITY, FeatureMap
+from attnfx.integer_functions import foreign
 from attnfx.integers import Ranges
 
 
@@ -135,6 +136,14 @@ class AttentionSite:
         """Everything that may load or mention a size: score, keep, sink and literal where there are any, weight, divisor."""
         optional = [e for e in (self.sink, self.literal) if e is not None]
         return (self.score, self.keep, *optional, self.weight, self.divisor)
+
+    @property
+    def uncomputable(self) -> tuple[str, ...]:
+        """Sentences on the sizes and integers with functions that neither a graph nor a kernel can be asked for."""
+        plain = (self.batch, self.heads, self.key_heads, self.queries, self.keys, *(n for t in self.side for n in t.shape))
+        held = (n.value for e in self.expressions for n in expr.walk(e) if isinstance(n, Int))
+        found = {e: name for e in (*plain, *held) if (name := foreign(e))}
+        return tuple(f"The size {e} has the function {name}, which has no form here." for e, name in found.items())
 
     @property
     def scale(self) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -90,14 +90,7 @@ class World:
 
     def ranges(self) -> Ranges:
         """What the user's ShapeEnv promises of each size."""
-        low, high = {}, {}
-        for s in self.to_user:
-            bound = self.env.var_to_range.get(s)
-            if bound is not None and bound.lower.is_Integer:
-                low[s] = bound.lower
-            if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
-                high[s] = bound.upper
-        return Ranges(low, high)
+        return known(self.env, self.to_user)
 
     def lowest(self, e: sympy.Expr) -> sympy.Integer | None:
         low = self.env.bound_sympy(e).lower
@@ -116,6 +109,18 @@ class World:
                 continue
             return f"reading the graph needs {expression}, which the compile does not guarantee"
         return ""
+
+
+def known(env: ShapeEnv, symbols: Iterable[sympy.Symbol]) -> Ranges:
+    """What ``env`` promises of ``symbols``."""
+    low, high = {}, {}
+    for s in symbols:
+        bound = env.var_to_range.get(s)
+        if bound is not None and bound.lower.is_Integer:
+            low[s] = bound.lower
+        if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
+            high[s] = bound.upper
+    return Ranges(low, high)
 
 
 def _hints(env: ShapeEnv | None) -> Mapping[sympy.Symbol, sympy.Expr]:

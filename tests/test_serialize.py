@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.integers import FloorDiv, Mod, PythonMod
+from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.serialize import FormatError, Reader, Writer, read_integer, site_from_data, site_to_data, write_integer
 
@@ -32,8 +32,13 @@ def test_a_site_comes_back_equal(example: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "e", [S0, S0 * S1 + 3, S0**2 - S1, FloorDiv(S0, S1), Mod(S0, 4), PythonMod(S0 - S1, 4), sympy.Integer(-7)], ids=str
-)
+    "e",
+    [
+        S0, S0 * S1 + 3, S0**2 - S1, FloorDiv(S0, S1), Mod(S0, 4), PythonMod(S0 - S1, 4), sympy.Integer(-7),
+        Max(0, S1 - Min(S0, 7)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_an_integer_comes_back_equal(e: sympy.Expr) -> None:
     assert read_integer(json.loads(json.dumps(write_integer(e)))) == e
 

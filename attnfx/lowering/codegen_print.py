@@ -8,11 +8,10 @@ from collections.abc import Mapping
 
 import sympy
 import torch
-from torch.utils._sympy.functions import PythonMod
 
 from attnfx import expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
-from attnfx.integers import FloorDiv, Mod, Ranges
+from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges
 from attnfx.nodes import has_score
 
 LOG2E = math.log2(math.e)
@@ -185,7 +184,7 @@ class Body:
 
     def integer(self, e: sympy.Expr) -> str:
         """A sympy integer expression; in int64 where it multiplies sizes, which may pass 2**31."""
-        wide = any(len(_factors(t)) > 1 for t in sympy.Add.make_args(e))
+        wide = any(len(_factors(t)) > 1 for t in sympy.preorder_traversal(e) if t.is_Mul or t.is_Pow)
         return self._integer(e, wide)
 
     def _integer(self, e: sympy.Expr, wide: bool) -> str:
@@ -201,6 +200,11 @@ class Body:
             if simple:
                 return f"({args[0]} {'//' if divide else '%'} {args[1]})"
             return f"floor_{'divide' if divide else 'modulo'}({_bare(args[0])}, {_bare(args[1])})"
+        if isinstance(e, Max | Min):
+            text = args[0]
+            for a in args[1:]:
+                text = f"tl.{'maximum' if isinstance(e, Max) else 'minimum'}({_bare(text)}, {_bare(a)})"
+            return text
         if e.is_Pow and e.args[1].is_Integer and 1 <= int(e.args[1]) <= 16:
             return "(" + " * ".join([args[0]] * int(e.args[1])) + ")"
         if e.is_Mul:

@@ -213,7 +213,7 @@ def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
 
 
 def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
-    found = []
+    found = list(site.uncomputable)
     if site.normaliser != "softmax":
         found.append(f'the normaliser is "{site.normaliser}"; a plan computes a softmax over keys.')
     if family == "flash":

@@ -23,7 +23,7 @@ CUDNN_WIDEST = 128
 
 def objections(site: AttentionSite) -> tuple[str, ...]:
     """Why torch's own attention cannot take the site exactly, one sentence each; empty where it can."""
-    found, facts = [], site.facts
+    found, facts = list(site.uncomputable), site.facts
     if site.scale is None:
         found.append("the score program is more than a scale; torch's attention takes a scale only.")
     elif site.scale <= 0 or math.isinf(site.scale):

@@ -19,6 +19,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
+from attnfx.integer_functions import foreign
 from attnfx.integers import Ranges, floordiv, modulo, recombined
 from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
 
@@ -197,7 +198,7 @@ class Lifter:
     def scalar(self, node: fx.Node) -> Expr:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-            return Int(as_sympy(value))
+            return Int(expressible(as_sympy(value)))
         if isinstance(value, torch.SymFloat):
             return Load(node, (), torch.float64)
         raise Stale(f"{node.name} is not a number that can be read from the graph")
@@ -208,7 +209,10 @@ class Lifter:
         if apply is None or self.severed(node):
             return None
         step = _Step(self.mirror, self.ranges, at=self.at)
-        apply(step, node, index)
+        try:
+            apply(step, node, index)
+        except NoNumber:
+            return None
         return step.found
 
     # Arithmetic on indices, with what is known of their ranges.
@@ -246,8 +250,15 @@ class Stale(Exception):
     """The past value of a tensor cannot be read any more."""
 
 
-class NoNumber(Exception):
-    """A number that no formula can carry: the operation that reads it stays a leaf."""
+class NoNumber(Stale):
+    """A number that no formula can carry: the operation that reads it stays a leaf, a write that reads it cannot be followed."""
+
+
+def expressible(e: sympy.Expr) -> sympy.Expr:
+    """``e``, an integer that a formula can carry. Raises NoNumber."""
+    if name := foreign(e):
+        raise NoNumber(f"the integer {e} has the function {name}, which no formula here carries")
+    return e
 
 
 class _Step(Lifter):

@@ -11,7 +11,7 @@ from torch import fx
 from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.mirror import as_sympy, is_tensor, sizes
-from attnfx.patterns.lift import Index, Lifter, reshaped, rule
+from attnfx.patterns.lift import Index, Lifter, expressible, reshaped, rule
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -22,10 +22,10 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def integer_of(value: Any) -> sympy.Expr:
-    """A Python int or a mirror node that holds one, as sympy."""
+    """A Python int or a mirror node that holds one, as sympy. Raises NoNumber for one that no formula carries."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
-    return as_sympy(value)
+    return expressible(as_sympy(value))
 
 
 @rule(

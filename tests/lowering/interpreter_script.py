@@ -10,7 +10,8 @@ import torch
 from lowering_sites import MIN32, SCALED, B, Example, I, J, causal, distance, examples, inputs, load, side, site, t5
 
 from attnfx import expr
-from attnfx.expr import Expr
+from attnfx.expr import Expr, Int
+from attnfx.integers import Max, Min
 from attnfx.lowering import kernel_gradients, ops, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 
@@ -23,7 +24,7 @@ NAMES = (
 
 
 def chosen() -> list[Example]:
-    """A handful of the examples, and more with what only kernels and blocks share: dropout, flooring, wide indices."""
+    """A handful of the examples, and more with what only kernels and blocks share: dropout, flooring, choices, wide indices."""
     found = [e for e in examples() if e.name in NAMES]
     assert len(found) == len(NAMES), sorted(set(NAMES) - {e.name for e in found})
     dropped = site(t5(), causal(16), side=(side(32, 4, grad=True),), dropout=0.3)
@@ -32,6 +33,7 @@ def chosen() -> list[Example]:
     half = expr.cast(load(0, B, J, dtype=torch.float16) * expr.constant(0.3, torch.float16), torch.float32)
     more = [
         Example("dropout", dropped, lambda dtype: (torch.randn(32, 4, requires_grad=True),)),
+        Example("chosen", site(keep=expr.le(J, Int(Max(I.value - 5, Min(9, 40 - I.value)))))),
         Example("floored", site(keep=expr.logical_not(floored), empty_rows="fill", fill=MIN32)),
         Example(
             "fp16 bias",

@@ -29,7 +29,7 @@ from sink_cases import examples as sink_examples
 
 from attnfx import expr
 from attnfx.expr import Int
-from attnfx.integers import FloorDiv, PythonMod
+from attnfx.integers import FloorDiv, Max, Min, PythonMod
 from attnfx.lowering import codegen
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.site import AttentionSite
@@ -91,10 +91,17 @@ def test_division_that_is_not_negative_is_plain() -> None:
     assert "(i // 4) == (j // 4)" in source(site(keep=blocks))
 
 
+def test_the_larger_of_sizes() -> None:
+    text = source(site(keep=causal(Max(S1 - S0, Min(S0, 7), 0)), queries=S0, keys=S1))
+    assert "i_last + tl.maximum(tl.maximum(0, tl.minimum(7, ints[0])), ints[1] - ints[0])" in text
+
+
 def test_products_of_sizes_are_wide() -> None:
     index = Int(I.value * S1 + J.value)
     text = source(site(SCALED + load(0, index), queries=S0, keys=S1, side=(side(S0 * S1),)))
     assert re.search(r"tl\.cast\(i, tl\.int64\) \* tl\.cast\(ints\[\d\], tl\.int64\)", text)
+    inside = source(site(keep=expr.le(J, Int(FloorDiv(S0 * S1 + I.value, 7))), queries=S0, keys=S1))
+    assert "tl.cast(ints[0], tl.int64) * tl.cast(ints[1], tl.int64)" in inside
 
 
 def test_a_mask_in_the_bias_keeps_its_finfo_min() -> None:
