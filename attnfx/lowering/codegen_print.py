@@ -27,8 +27,10 @@ _FUNCTION = {
     "abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "sin": "tl.sin",
     "cos": "tl.cos", "floor": "tl.floor", "tanh": "tanh", "sigmoid": "sigmoid", "min": "tl.minimum", "max": "tl.maximum",
 }  # fmt: skip
+#: What `gathered` reads: a table or bias whose place depends on query and key.
+_READ_DIRECTLY = (torch.float32, torch.bfloat16, torch.float16)
 #: The functions of templates/arithmetic.py that a body may call.
-HELPERS = ("float_modulo", "floor_divide", "floor_modulo", "rounded", "sigmoid", "tanh", "to_base_2")
+HELPERS = ("float_modulo", "floor_divide", "floor_modulo", "gathered", "rounded", "sigmoid", "tanh", "to_base_2")
 
 
 class Unprintable(Exception):
@@ -177,7 +179,8 @@ class Body:
         for axis, index in enumerate(e.indices):
             if not expr.is_number(index, 0):
                 terms.append(f"tl.cast({_bare(self.text(index))}, tl.int64) * ints[{first + axis}]")
-        text = f"tl.load({' + '.join(terms)})"
+        scattered = e.dtype in _READ_DIRECTLY and expr.depends_on(e, "i") and expr.depends_on(e, "j")
+        text = f"{'gathered' if scattered else 'tl.load'}({' + '.join(terms)})"
         if e.dtype == torch.bool:
             return f"({text} != 0)"
         return f"tl.cast({text}, tl.float32)" if e.dtype.is_floating_point else text

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import triton
+
 
 @dataclass(frozen=True)
 class Call:
@@ -27,6 +29,7 @@ class Recording:
 
 
 _RECORDING: ContextVar[Recording | None] = ContextVar("attnfx_launch_recording", default=None)
+_COMPILING: ContextVar[str | None] = ContextVar("attnfx_compiling_for", default=None)
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
@@ -42,6 +45,26 @@ def recorded_target() -> str | None:
     """The target being recorded for, None where launches are real."""
     recording = _RECORDING.get()
     return recording.target if recording else None
+
+
+def backend() -> str:
+    """Triton's name of what kernels are compiled for just now: "cuda", "hip", or "interpreter"."""
+    elsewhere = _COMPILING.get()
+    if elsewhere is not None:
+        return elsewhere
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return str(triton.runtime.driver.active.get_current_target().backend)
+
+
+@contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Within it kernels are compiled for a GPU that is not here, of the backend `name`."""
+    token = _COMPILING.set(name)
+    try:
+        yield
+    finally:
+        _COMPILING.reset(token)
 
 
 @contextmanager

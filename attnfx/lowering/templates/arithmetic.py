@@ -4,9 +4,35 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering import launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # below any real score, above finfo.min of float32 and bfloat16 divided by log2(e)
 MASKED_OUT = tl.constexpr(-1e38)
+
+
+@triton.constexpr_function
+def on_nvidia():
+    """Whether the kernel is being compiled for NVIDIA."""
+    return launch.backend() == "cuda"
+
+
+@triton.jit
+def gathered(pointers):
+    """What a tile of scattered addresses holds, read straight into registers.
+
+    The software pipeline stages a load of a loop in shared memory, element by element where addresses are scattered: that
+    costs more than all of the attention around it. It does not look into assembly.
+    """
+    if on_nvidia():
+        if pointers.dtype.element_ty == tl.float32:
+            found = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=f,l", [pointers], tl.float32, True, 1)
+        else:
+            bits = tl.inline_asm_elementwise("ld.global.nc.b16 $0, [$1];", "=h,l", [pointers], tl.int16, True, 1)
+            found = bits.to(pointers.dtype.element_ty, bitcast=True)
+    else:
+        found = tl.load(pointers)
+    return found
 
 
 @triton.jit
