@@ -23,11 +23,8 @@ WIDTH, LENGTH = 64, 21
 
 
 def neo() -> nn.Module:
-    layers = [[["global", "local"], 1]]
-    config = GPTNeoConfig(
-        vocab_size=59, hidden_size=32, num_layers=2, num_heads=2, attention_types=layers, window_size=7, max_position_embeddings=WIDTH
-    )
-    return GPTNeoModel(config)
+    sizes = {"vocab_size": 59, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": WIDTH}
+    return GPTNeoModel(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], window_size=7))
 
 
 def image() -> nn.Module:
