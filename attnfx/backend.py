@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfx import counting, patterns
+from attnfx import buffers, counting, patterns
 from attnfx import measure as measuring
 from attnfx.capture import capture
 from attnfx.composites import expand_composites
@@ -66,9 +66,12 @@ def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) ->
     With ``options.verify`` each replacement is compared with its original on ``inputs``, and taken back where it differs.
     """
     try:
-        done = _rewrite(gm, options, {}, "")
+        given = buffers.given(gm) if options.buffers == "read" else []
+        done = _rewrite(gm, options, {}, "", given)
         if options.verify and done.report.sites:
-            done = _verified(gm, options, inputs, done)
+            done = _verified(gm, options, inputs, done, given)
+        if done.gm is not gm:
+            buffers.guard(given)
         for text in (warned := _policy_warnings(options, done.report.sites)):
             warnings.warn(text, AttnfxWarning, stacklevel=2)
         return done.gm, replace(done.report, policy_warnings=warned)
@@ -88,15 +91,18 @@ class _Rewritten:
     probe: measuring.Probe
 
 
-def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], prefix: str) -> _Rewritten:
+def _rewrite(
+    gm: fx.GraphModule, options: Options, refused: Mapping[str, str], prefix: str, given: buffers.Given = ()
+) -> _Rewritten:
     """``gm`` and the graphs inside it rewritten. ``refused``: sites by name that stay, and why; ``prefix``: of the names
-    in ``gm``."""
+    in ``gm``; ``given``: the buffers behind its inputs."""
     work = fx.GraphModule(gm, _copied(gm.graph))
     mirror = capture(work)
     if expand_composites(work, mirror):
         mirror = capture(work)
     if sink_masks(work, mirror):
         mirror = capture(work)
+    mirror.tables = tables = buffers.readable(work, mirror, given)
     matches, near = patterns.recognise(mirror)
     linears, near = patterns.recognise_linear(mirror, matches, near)
     lost = [_missed(mirror, m) for m in near] + _shut(work)
@@ -111,7 +117,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
         entry = _serve(splicer, mirror, match, options, refused, prefix)
         if isinstance(entry, SiteReport):
             assert old is not None
-            sites.append(entry)
+            sites.append(replace(entry, buffers=_read(match, tables)))
             pairs.append((entry.name, old, mirror.dynamo_of[match.candidate.output]))
         else:
             lost.append(entry)
@@ -120,7 +126,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
     ours = set()
     for region in regions(work):
         with autocast_at(region.node):
-            inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.")
+            inside = buffers.inside(region, mirror, tables)
+            inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.", inside)
         setattr(work, region.name, inner.gm)
         if inner.gm is not getattr(gm, region.name, None):
             ours.add(region.name)
@@ -136,7 +143,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, refused: Mapping[str, str], p
     return _Rewritten(work if sites else gm, report, probe)
 
 
-def _verified(gm: fx.GraphModule, options: Options, inputs: Sequence[Any], done: _Rewritten) -> _Rewritten:
+def _verified(gm: fx.GraphModule, options: Options, inputs: Sequence[Any], done: _Rewritten, given: buffers.Given) -> _Rewritten:
     """``done`` with what each site gave beside its original; sites beyond the bound are put back, with a warning or an error."""
     measured = measuring.of_sites(done.probe, done.report.sites, inputs)
     bad = {name: f"verification: its rewrite differs from the original, {m}" for name, m in measured.items() if m.beyond}
@@ -147,9 +154,15 @@ def _verified(gm: fx.GraphModule, options: Options, inputs: Sequence[Any], done:
                 raise VerificationError(text)
             warnings.warn(text, AttnfxWarning, stacklevel=3)
     if bad:
-        done = _rewrite(gm, options, bad, "")
+        done = _rewrite(gm, options, bad, "", given)
     sites = tuple(replace(site, measured=measured.get(site.name)) for site in done.report.sites)
     return replace(done, report=replace(done.report, sites=sites))
+
+
+def _read(match: Match, tables: dict[fx.Node, buffers.Buffer]) -> tuple[str, ...]:
+    """The buffers that the formula of an attention was read from."""
+    operands = (match.query.node, match.key.node, match.value.node, *(past.node for past in match.loads))
+    return buffers.behind(match.candidate.output, operands, tables)
 
 
 def _shut(gm: fx.GraphModule) -> list[Missed]:

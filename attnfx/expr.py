@@ -253,20 +253,47 @@ def logical_not(a: Expr) -> Expr:
     return Call("not", (a,), torch.bool)
 
 
+def _chosen(compare: Callable[[Expr, Expr], Expr], a: Expr, b: Expr) -> Expr | None:
+    """A comparison of a constant with one of two constants, as the condition that chooses between them."""
+    for at, x, other in ((0, a, b), (1, b, a)):
+        if not (_is_constant(other) and isinstance(x, Call) and x.dtype != torch.bool):
+            continue
+        if isinstance(other, Int) and x.dtype.is_floating_point and abs(other.value) <= 256:  # exact in every type
+            other = constant(int(other.value), x.dtype)
+        if x.op == "where":
+            on, off = x.args[1:]
+        elif x.op == "cast" and x.args[0].dtype == torch.bool:
+            on, off = constant(1, x.dtype), constant(0, x.dtype)
+        else:
+            continue
+        if all(_is_constant(y) and y.dtype == other.dtype for y in (on, off)):
+            chosen = [compare(y, other) if at == 0 else compare(other, y) for y in (on, off)]
+            return where(x.args[0], chosen[0], chosen[1], torch.bool)
+    return None
+
+
+def _is_constant(e: Expr) -> bool:
+    return (isinstance(e, Const) and e.dtype.is_floating_point) or (isinstance(e, Int) and bool(e.value.is_Integer))
+
+
 def le(a: Expr, b: Expr) -> Expr:
+    if isinstance(a, Const) and isinstance(b, Const):
+        return constant(a.value <= b.value, torch.bool)
     if isinstance(a, Int) and isinstance(b, Int):
         slack = sympy.expand(b.value - a.value)
         if slack.is_nonnegative:
             return TRUE
         if slack.is_negative:
             return FALSE
-    return Call("le", (a, b), torch.bool)
+    return _chosen(le, a, b) or Call("le", (a, b), torch.bool)
 
 
 def lt(a: Expr, b: Expr) -> Expr:
     if isinstance(a, Int) and isinstance(b, Int):
         return le(Int(a.value + 1), b)
-    return Call("lt", (a, b), torch.bool)
+    if isinstance(a, Const) and isinstance(b, Const):
+        return constant(a.value < b.value, torch.bool)
+    return _chosen(lt, a, b) or Call("lt", (a, b), torch.bool)
 
 
 def ge(a: Expr, b: Expr) -> Expr:
@@ -288,7 +315,9 @@ def eq(a: Expr, b: Expr) -> Expr:
             return FALSE
     if a.dtype == torch.bool and (isinstance(b, Const) or (isinstance(b, Int) and b.value.is_Integer)):
         return a if is_number(b, 1) else logical_not(a) if is_number(b, 0) else FALSE
-    return Call("eq", (a, b), torch.bool)
+    if isinstance(a, Const) and isinstance(b, Const):
+        return constant(a.value == b.value, torch.bool)
+    return _chosen(eq, a, b) or Call("eq", (a, b), torch.bool)
 
 
 def ne(a: Expr, b: Expr) -> Expr:

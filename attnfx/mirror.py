@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -13,7 +13,14 @@ from torch.utils import _pytree as pytree
 
 from attnfx.integer_functions import canonical
 from attnfx.integers import Ranges
+from attnfx.nodes import Expr
 from attnfx.world import World, known
+
+
+class Table(Protocol):
+    """An input whose elements may be known in closed form."""
+
+    def element(self, index: tuple[Expr, ...], less: Callable[[Expr, Expr], Expr]) -> Expr | None: ...
 
 
 @dataclass
@@ -25,7 +32,8 @@ class Mirror:
     each node. ``blind`` tells, for each Dynamo node that could not be traced, why. ``results`` holds the mirror nodes of
     Dynamo nodes
     that return several tensors. ``calls`` holds the arguments of each call of a higher-order operator, ``world`` the fake mode and
-    the symbols that all was traced with; ``seeds`` are nodes that autograd follows though no Dynamo node says so.
+    the symbols that all was traced with; ``seeds`` are nodes that autograd follows though no Dynamo node says so;
+    ``tables`` are inputs whose values are known.
     """
 
     graph: fx.Graph
@@ -41,6 +49,7 @@ class Mirror:
     calls: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
     world: World | None = None
     seeds: frozenset[fx.Node] = frozenset()
+    tables: Mapping[fx.Node, Table] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.position = {node: k for k, node in enumerate(self.graph.nodes)}

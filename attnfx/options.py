@@ -14,6 +14,7 @@ from attnfx.policy import Policy
 Compiler = Callable[..., Any]
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 TUNE = ("off",)
+BUFFERS = ("read", "ignore")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Options:
     by side on the
     real inputs, puts back what differs beyond the bound, and compares the whole graph with the original (:mod:`attnfx.measure`).
     ``inner``: what compiles the rewritten graph, "inductor" or another backend's name or callable. ``mode``: Inductor's mode.
-    ``tune``: "off", kernels run in their default configurations.
+    ``tune``: "off", kernels run in their default configurations. ``buffers``: "read", masks and positions that a module keeps
+    as buffers
+    are read when the graph is compiled, and compiled anew when they change (:mod:`attnfx.buffers`); "ignore", they are data.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -35,6 +38,7 @@ class Options:
     inner: str | Compiler = "inductor"
     mode: str = "default"
     tune: str = "off"
+    buffers: str = "read"
 
     @staticmethod
     def parse(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
@@ -55,6 +59,7 @@ class Options:
             raise UnknownOption(f'The option "strict_sites" is {sites!r}; it must be a number of attentions, or None.')
         _among("mode", given.get("mode", "default"), MODES)
         _among("tune", given.get("tune", "off"), TUNE)
+        _among("buffers", given.get("buffers", "read"), BUFFERS)
         inner = given.get("inner", "inductor")
         if isinstance(inner, str):
             _among("inner", inner, [name for name in torch._dynamo.list_backends(()) if name != "attnfx"])

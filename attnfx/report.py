@@ -27,7 +27,8 @@ class SiteReport:
     attention itself (`str(site)` is its formula in one line), `decision` what runs it, `variant` the variant that the
     policy chose (None: the model's own attention), `reason` why, `exact` whether the result is the model's own,
     `kernel` the generated source or None where no kernel was generated, `source` the line of the model's code, `measured` the
-    error against the original where a verification measured it.
+    error against the original where a verification measured it, `buffers` the buffers of the model whose values were read, under
+    a guard that compiles anew when they change.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SiteReport:
     kernel: str | None = None
     source: str = ""
     measured: "Measured | None" = None
+    buffers: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> bool:

@@ -4,7 +4,7 @@ from html import escape
 from string import Template
 from typing import TYPE_CHECKING
 
-from attnfx.report_text import Group, groups, summary
+from attnfx.report_text import Group, buffers_of, groups, summary
 
 if TYPE_CHECKING:
     from attnfx.report import Missed, Report
@@ -83,7 +83,7 @@ def _site(group: Group) -> str:
         tag=escape(site.exactness),
         decision=escape(site.decision),
         formula=f'<code class="formula">{escape(str(site.site))}</code>\n',
-        reason=escape(site.reason),
+        reason=escape(" ".join(filter(None, (site.reason, buffers_of(group))))),
         details=_folded("Where in the model", members) + _folded("Generated kernel", site.kernel or ""),
     )
 

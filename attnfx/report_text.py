@@ -77,9 +77,17 @@ def _sites(report: "Report") -> str:
         lines.extend(rest)
         lines.append(_wrapped(str(site.site), "  "))
         lines.append(_wrapped(site.reason, "  "))
+        if read := buffers_of(group):
+            lines.append(_wrapped(read, "  "))
         if measured := [s.measured for s in group.sites if s.measured is not None]:
             lines.append(_wrapped(f"verified: {max(measured, key=lambda m: (m.beyond, m.error))}", "  "))
     return "\n".join(lines)
+
+
+def buffers_of(group: Group) -> str:
+    """Which buffers of the model a group's formula was read from, as a sentence; empty for none."""
+    names = [name for name, _ in fold(dict.fromkeys(name for site in group.sites for name in site.buffers))]
+    return f"Read under a guard, compiled anew when changed: {', '.join(names)}." if names else ""
 
 
 def _near_misses(missed: Iterable["Missed"]) -> Iterator[str]:

@@ -50,6 +50,7 @@ X = torch.linspace(-1, 1, 2 * 9 * 8).view(2, 9, 8)
         ({"strict_sites": -1}, r'"strict_sites" is -1; it must be a number of attentions'),
         ({"strict_sites": True}, r'"strict_sites" is True; it must be a number of attentions'),
         ({"mode": "fast"}, r'"mode" is .fast.; it must be one of "default"'),
+        ({"buffers": "guess"}, r'"buffers" is .guess.; it must be one of "read"'),
         ({"tune": "max"}, r'"tune" is .max.; it must be one of "off"'),
         ({"inner": 3}, r'"inner" is 3; it must be the name of a backend or a callable'),
     ],

@@ -144,6 +144,8 @@ class Lifter:
         leaf = Load(node, index, node.meta["val"].dtype)
         if node is self.stop:
             return leaf
+        if node.op == "placeholder":
+            return self._table(node, index) or leaf
         if node.op == "get_attr":
             return self._literal(node) or leaf
         apply = _RULES.get(operation(node))
@@ -162,6 +164,11 @@ class Lifter:
         if loadable and self.learned is not None and self.learned.is_data(self.mirror, node, found):
             return leaf
         return leaf if loadable and self.worth_loading(found, index) else found
+
+    def _table(self, node: fx.Node, index: Index) -> Expr | None:
+        """The element of an input whose values are known and have a formula."""
+        table = self.mirror.tables.get(node)
+        return None if table is None else table.element(index, self.less)
 
     def _literal(self, node: fx.Node) -> Expr | None:
         """The number in a ``torch.tensor(number)`` or ``x[part] = number`` of the user's code; other attributes may change

@@ -44,7 +44,7 @@ def program(
 ) -> Program:
     """Canonical logits ``z`` and the factor of their probabilities, taken apart. ``empty_rows``: what the normaliser itself
     does with a row that is -inf throughout: "nan", "zero", or "underflow" where no row maximum is taken off."""
-    logits = separate(folded(z))
+    logits = _one_mask(separate(folded(z)), lambda keep: prove(keep, length_q, length_k, known).nonempty)
     tame(logits.score)
     infinite = logits.fill == -math.inf
     if empty_rows == "underflow" and not infinite and logits.keep != expr.TRUE:
@@ -74,6 +74,22 @@ def _may_be_low(score: Expr) -> bool:
 
 #: A fill at least this low leaves a masked key no probability beside any kept one.
 _HOPELESS = -1e30
+
+
+def _one_mask(logits: Logits, nonempty: Callable[[Expr], bool]) -> Logits:
+    """A second mask inside the score (GPT-Neo's window under a causal mask) joined with the first where every query is proved to
+    keep a key: beside it, what is masked by either has no probability, whether its fill counts once or twice."""
+    score = logits.score
+    while isinstance(score, expr.Call) and score.op == "add" and expr.is_number(score.args[1], 0):
+        score = score.args[0]
+    if not (isinstance(score, expr.Call) and score.op == "where") or logits.keep == expr.TRUE:
+        return logits
+    inner = separate(score)
+    keep = expr.logical_and(logits.keep, inner.keep)
+    lowest = max(inner.fill, logits.fill) <= _HOPELESS
+    if inner.keep == expr.TRUE or inner.additive or not lowest or not nonempty(keep):
+        return logits
+    return Logits(inner.score, keep, max(inner.fill, logits.fill), additive=False)
 
 
 def _remasked(made: Program, logits: Logits, nonempty: bool) -> Program:
