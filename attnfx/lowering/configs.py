@@ -29,12 +29,14 @@ SHARED_LIMIT = {
 
 @dataclass(frozen=True)
 class Config:
-    """Tile rows of queries (`block_m`) and keys (`block_n`), warps a block, and stages of the software pipeline."""
+    """Tile rows of queries (`block_m`) and keys (`block_n`), warps a block, and stages of the software pipeline; `tma`: tiles are
+    read by tensor descriptors where that is possible."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = True
 
 
 # for padded head dimensions up to 64, up to 128, up to 256

@@ -23,9 +23,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnfx.lowering import launch
 from attnfx.lowering.configs import SHARED_LIMIT
+from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, Program, Residuals, backward, bias_gradient, forward
 from attnfx.lowering.templates import samples
 
@@ -175,7 +177,8 @@ def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:
     nvidia = target.startswith("sm")
     gpu = GPUTarget("cuda", int(target[2:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {name: call.keywords[name] for name in OPTIONS if name in call.keywords}
-    compiled = triton.compile(source_of(call), target=gpu, options=options)
+    with launch.compiling_for(gpu.backend):
+        compiled = triton.compile(source_of(call), target=gpu, options=options)
     if nvidia:
         registers, spills = _cubin_usage(compiled.asm["cubin"])
     else:
@@ -210,6 +213,8 @@ def _type_of(
     """The type of one argument, as Triton's binder would find it; fills in constants and alignments on the way."""
     if isinstance(value, tuple):
         return tuple(_type_of(v, (*path, k), specialise, constants, attributes) for k, v in enumerate(value))
+    if isinstance(value, TensorDescriptor):
+        return type_of(value)
     if isinstance(value, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return POINTER[value.dtype]

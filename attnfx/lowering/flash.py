@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnfx.lowering import decode
 from attnfx.lowering.configs import Config, Kernel, default, fitted, padded, relieved, target_of
+from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.flash_backward import flash_delta, flash_key_gradient, flash_query_gradient
@@ -106,12 +107,13 @@ def forward(
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
+    keys, values, tma = launch.streamed(k, v, launch.config.block_n)
     with launch.device:
         run(
-            flash_forward, launch.row_grid, q, k, v, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
+            flash_forward, launch.row_grid, q, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            EVEN_N=launch.n % launch.config.block_n == 0, **launch.switches,
+            EVEN_N=launch.n % launch.config.block_n == 0, TMA=tma, **launch.switches,
         )  # fmt: skip
     return out, residuals
 
@@ -145,18 +147,20 @@ def backward(
         return grads
     keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config)
     grad_q, grad_k, grad_v = grads
+    key_tiles, value_tiles, by_keys = rows.streamed(k, v, rows.config.block_n)
+    query_tiles, grad_tiles, by_rows = keys.streamed(q, grad_out, keys.config.block_m)
     with rows.device:
         stats = _statistics(rows, out, residuals, grad_out, grad_lse)
         run(
-            flash_query_gradient, rows.row_grid, q, k, v, grad_out, grad_q, stats, rows.seed, q.stride(), k.stride(),
-            v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, SCORE_GRAD=program.score_grad,
-            KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, **rows.switches,
+            flash_query_gradient, rows.row_grid, q, key_tiles, value_tiles, grad_out, grad_q, stats, rows.seed, q.stride(),
+            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, SCORE_GRAD=program.score_grad,
+            KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, TMA=by_keys, **rows.switches,
         )  # fmt: skip
         run(
-            flash_key_gradient, keys.key_grid, q, k, v, grad_out, grad_k, grad_v, stats, keys.seed, q.stride(),
+            flash_key_gradient, keys.key_grid, query_tiles, k, v, grad_tiles, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars,
             SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, EVEN_M=keys.m % keys.config.block_m == 0,
-            **keys.switches,
+            TMA=by_rows, **keys.switches,
         )  # fmt: skip
     return grads
 
@@ -306,6 +310,14 @@ class _Launch:
     @property
     def empty(self) -> bool:
         return 0 in (self.batch, self.heads, self.m, self.n)
+
+    def streamed(self, a: Tensor, b: Tensor, rows: int) -> tuple[Any, Any, bool]:
+        """Two tensors, the first of D, the second of DV columns, as a kernel walks over them in tiles of `rows`: tensor
+        descriptors, and True, where both can have one."""
+        target = recorded_target() or target_of(self.like.device)
+        if not (self.config.tma and serves(target, a) and serves(target, b)):
+            return a, b, False
+        return describe(a, rows, padded(self.d)), describe(b, rows, padded(self.dv)), True
 
     @property
     def row_grid(self) -> tuple[int]:

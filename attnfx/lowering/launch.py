@@ -57,6 +57,10 @@ def backend() -> str:
     return str(triton.runtime.driver.active.get_current_target().backend)
 
 
+# so that kernels may ask while they are compiled
+backend.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def compiling_for(name: str) -> Iterator[None]:
     """Within it kernels are compiled for a GPU that is not here, of the backend `name`."""

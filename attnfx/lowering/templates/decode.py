@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.flash_forward import _visit
-from attnfx.lowering.templates.tiles import LN2, column_pointers, head_base, load_tile, row_pointers, visited_range
+from attnfx.lowering.templates.streams import column_stream, row_stream
+from attnfx.lowering.templates.tiles import LN2, head_base, load_tile, row_pointers, visited_range
 
 NOWHERE = tl.constexpr(2147483647)
 
@@ -86,9 +87,8 @@ def decode_partial(
 
     q_pointers = q + b.to(tl.int64) * q_strides[0] + h.to(tl.int64) * q_strides[1] + i.to(tl.int64) * q_strides[2]
     q_tile = load_tile(q_pointers + offs_d.to(tl.int64)[None, :] * q_strides[3], row_ok[:, None], d_ok, True, D != BLOCK_D)
-    keys = column_pointers(head_base(k, k_strides, b, key_head), k_strides, offs_n, offs_d)
-    values = row_pointers(head_base(v, v_strides, b, key_head), v_strides, offs_n, offs_dv)
-    steps = (k_strides[2], v_strides[2])
+    keys = column_stream(k, k_strides, b, key_head, offs_n, offs_d, False)
+    values = row_stream(v, v_strides, b, key_head, offs_n, offs_dv, False)
     at = (b, h, bh)
 
     # a tile of several heads holds every query, from the first to the last
@@ -113,13 +113,13 @@ def decode_partial(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, full_lo, full_lo + gap, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
-            None, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, full_lo, full_lo + gap, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
+            None, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, False,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
-            KEEP, None, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
+            KEEP, None, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, False,
         )  # fmt: skip
 
     place = split.to(tl.int64) * total + (b * heads + key_head * group).to(tl.int64) * M + row
@@ -238,16 +238,15 @@ def decode_merge(
                 rows = i + tl.arange(0, BLOCK_M) * 0
                 q_pointers = row_pointers(head_base(q, q_strides, b, h), q_strides, rows, offs_d)
                 q_tile = load_tile(q_pointers, True, (offs_d < D)[None, :], False, D != BLOCK_D)
-                keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
-                values = row_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
-                steps = (k_strides[2], v_strides[2])
+                keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, False)
+                values = row_stream(v, v_strides, b, h // group, offs_n, offs_dv, False)
                 m_rows = tl.full([BLOCK_M], float("-inf"), tl.float32)
                 l_rows = tl.zeros([BLOCK_M], tl.float32)
                 acc_rows = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc_rows, l_rows, m_rows = _visit(
-                    acc_rows, l_rows, m_rows, q_tile, keys, values, steps, 0, N, 0, 0, rows[:, None], rows == i, N, (b, h, bh),
+                    acc_rows, l_rows, m_rows, q_tile, keys, values, 0, N, 0, 0, rows[:, None], rows == i, N, (b, h, bh),
                     noise, loads, ints, SCORE, KEEP, None, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D,
-                    BLOCK_DV, STAGES, PRECISION,
+                    BLOCK_DV, STAGES, PRECISION, False,
                 )  # fmt: skip
                 top = tl.arange(0, BLOCK_M) == 0
                 natural_max = tl.zeros([1], tl.float32) + tl.sum(tl.where(top, m_rows, 0.0), 0)

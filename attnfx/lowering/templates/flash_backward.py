@@ -5,14 +5,8 @@ import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.gradient import gradient_range, logit_gradient, row_statistics, softmax_weights
-from attnfx.lowering.templates.tiles import (
-    column_pointers,
-    head_base,
-    load_tile,
-    probability_factor,
-    row_pointers,
-    tile_start,
-)
+from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
+from attnfx.lowering.templates.tiles import head_base, load_tile, probability_factor, row_pointers, tile_start
 
 
 @triton.jit(do_not_specialize=["heads", "M"])
@@ -88,6 +82,7 @@ def flash_query_gradient(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate);
     grid (row tiles * B * H,)."""
@@ -118,9 +113,8 @@ def flash_query_gradient(
     q_tile = load_tile(q_pointers, row_ok, d_ok, True, D != BLOCK_D)
     grad_pointers = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
     grad_tile = load_tile(grad_pointers, row_ok, dv_ok, True, DV != BLOCK_DV)
-    keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
-    values = column_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
-    steps = (k_strides[2], v_strides[2])
+    keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
+    values = column_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
     lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
 
@@ -136,15 +130,15 @@ def flash_query_gradient(
     gap = full_hi - full_lo
     if KEEP is None or KV_RANGE is not None:
         acc = _visit_keys(
-            acc, q_tile, grad_tile, keys, values, steps, statistics, full_lo, full_hi, 0, 0, i, N, at, noise, loads,
+            acc, q_tile, grad_tile, keys, values, statistics, full_lo, full_hi, 0, 0, i, N, at, noise, loads,
             ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
-            BLOCK_DV, STAGES, PRECISION,
+            BLOCK_DV, STAGES, PRECISION, TMA,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
         acc = _visit_keys(
-            acc, q_tile, grad_tile, keys, values, steps, statistics, lo, hi - gap, full_lo, gap, i, N, at, noise, loads,
+            acc, q_tile, grad_tile, keys, values, statistics, lo, hi - gap, full_lo, gap, i, N, at, noise, loads,
             ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D,
-            BLOCK_DV, STAGES, PRECISION,
+            BLOCK_DV, STAGES, PRECISION, TMA,
         )  # fmt: skip
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
     tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
@@ -157,7 +151,6 @@ def _visit_keys(
     grad_tile,
     keys,
     values,
-    steps,
     statistics,
     lo,
     hi,
@@ -186,10 +179,10 @@ def _visit_keys(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel."""
     b, h, _ = at
-    k_step, v_step = steps
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[:, None]
@@ -203,8 +196,8 @@ def _visit_keys(
         if MASKED:
             j = tl.minimum(offs_j, N - 1)[None, :]
         # k_tile [BLOCK_D, BLOCK_N], v_tile [BLOCK_DV, BLOCK_N]; dot, weights, dz [BLOCK_M, BLOCK_N]
-        k_tile = load_tile(keys + tl.cast(start, tl.int64) * k_step, inside, d_ok, MASKED, D != BLOCK_D)
-        v_tile = load_tile(values + tl.cast(start, tl.int64) * v_step, inside, dv_ok, MASKED, DV != BLOCK_DV)
+        k_tile = column_tile(keys, start, inside, d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+        v_tile = column_tile(values, start, inside, dv_ok, MASKED, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         weights, live = softmax_weights(
             dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,
@@ -259,6 +252,7 @@ def flash_key_gradient(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """grad_k (B,HK,N,D) and grad_v (B,HK,N,DV): one key tile a program, which walks the query heads of its group and
     their rows, so that every sum has one owner and one order; grid (key tiles * B * HK,)."""
@@ -284,7 +278,6 @@ def flash_key_gradient(
     k_tile = load_tile(k_pointers, key_ok, d_ok, True, D != BLOCK_D)
     v_pointers = row_pointers(head_base(v, v_strides, b, hk), v_strides, offs_n, offs_dv)
     v_tile = load_tile(v_pointers, key_ok, dv_ok, True, DV != BLOCK_DV)
-    steps = (q_strides[2], grad_o_strides[2])
 
     j_first = tile * BLOCK_N
     j_last = tl.minimum(j_first + BLOCK_N, N) - 1
@@ -298,20 +291,20 @@ def flash_key_gradient(
         if EXACT_ROWS:
             literal = tl.load(stats[4] + bh) != 0
         lo, full_lo, full_hi, hi = gradient_range(j_first, j_last, M, ints, literal, Q_RANGE, KEEP, EXACT_ROWS, BLOCK_M)
-        queries = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
-        grads = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
+        queries = row_stream(q, q_strides, b, h, offs_m, offs_d, TMA)
+        grads = row_stream(grad_o, grad_o_strides, b, h, offs_m, offs_dv, TMA)
         gap = full_hi - full_lo
         if KEEP is None or Q_RANGE is not None:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, grads, steps, stats, full_lo, full_hi, 0, 0, j, M, at, noise, loads,
+                dk, dv, k_tile, v_tile, queries, grads, stats, full_lo, full_hi, 0, 0, j, M, at, noise, loads,
                 ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
-                BLOCK_DV, STAGES, PRECISION,
+                BLOCK_DV, STAGES, PRECISION, TMA,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, grads, steps, stats, lo, hi - gap, full_lo, gap, j, M, at, noise,
+                dk, dv, k_tile, v_tile, queries, grads, stats, lo, hi - gap, full_lo, gap, j, M, at, noise,
                 loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
-                BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
             )  # fmt: skip
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
     tl.store(k_out, dk.to(grad_k.dtype.element_ty), mask=key_ok & d_ok)
@@ -327,7 +320,6 @@ def _visit_rows(
     v_tile,
     queries,
     grads,
-    steps,
     stats,
     lo,
     hi,
@@ -356,11 +348,11 @@ def _visit_rows(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions as
     in the forward kernel, of rows."""
     b, h, bh = at
-    q_step, grad_step = steps
     offs_m = tl.arange(0, BLOCK_M)
     d_ok = (tl.arange(0, BLOCK_D) < D)[None, :]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
@@ -374,9 +366,8 @@ def _visit_rows(
         if MASKED:
             i = tl.minimum(offs_i, M - 1)[None, :]
         # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV]; dot, weights, dz [BLOCK_N, BLOCK_M]
-        q_tile = load_tile(queries + tl.cast(start, tl.int64) * q_step, row_ok[:, None], d_ok, MASKED, D != BLOCK_D)
-        at_start = grads + tl.cast(start, tl.int64) * grad_step
-        grad_tile = load_tile(at_start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV)
+        q_tile = row_tile(queries, start, row_ok[:, None], d_ok, MASKED, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+        grad_tile = row_tile(grads, start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
         lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_i, M, EXACT_ROWS and MASKED, MASKED)
         statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
         dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)

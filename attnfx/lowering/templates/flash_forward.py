@@ -4,10 +4,10 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import (
     LN2,
     LOG2E,
-    column_pointers,
     head_base,
     load_tile,
     probability_factor,
@@ -60,6 +60,7 @@ def flash_forward(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
 
@@ -90,12 +91,11 @@ def flash_forward(
     d_ok = (offs_d < D)[None, :]
     dv_ok = (offs_dv < DV)[None, :]
 
-    # q_tile [BLOCK_M, BLOCK_D], key pointers [BLOCK_D, BLOCK_N], value pointers [BLOCK_N, BLOCK_DV]
+    # q_tile [BLOCK_M, BLOCK_D]; tiles of keys [BLOCK_D, BLOCK_N], of values [BLOCK_N, BLOCK_DV]
     q_pointers = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
     q_tile = load_tile(q_pointers, row_ok, d_ok, True, D != BLOCK_D)
-    keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
-    values = row_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
-    steps = (k_strides[2], v_strides[2])
+    keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
+    values = row_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
 
     i_first = tile * BLOCK_M
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
@@ -106,13 +106,13 @@ def flash_forward(
     gap = full_hi - full_lo
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, full_lo, full_hi, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
-            WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, full_lo, full_hi, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
+            WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, steps, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
-            KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            acc, l, m, q_tile, keys, values, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
+            KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -128,8 +128,9 @@ def flash_forward(
                 l = tl.zeros([BLOCK_M], tl.float32)
                 acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc, l, natural_max = _visit(
-                    acc, l, natural_max, q_tile, keys, values, steps, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
-                    KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+                    acc, l, natural_max, q_tile, keys, values, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
+                    KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
+                    PRECISION, TMA,
                 )  # fmt: skip
         if EMPTY_ZERO:
             natural_max = tl.where(natural_max == float("-inf"), 0.0, natural_max)
@@ -154,7 +155,6 @@ def _visit(
     q_tile,
     keys,
     values,
-    steps,
     lo,
     hi,
     split,
@@ -182,6 +182,7 @@ def _visit(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
@@ -189,7 +190,6 @@ def _visit(
     tiles on either side of the unmasked ones. `low` [BLOCK_M]: the rows that COARSE is for, where LITERAL.
     """
     b, h, _ = at
-    k_step, v_step = steps
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
@@ -200,7 +200,7 @@ def _visit(
         offs_j = start + offs_n
         inside = offs_j < N
         # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
-        k_tile = load_tile(keys + tl.cast(start, tl.int64) * k_step, inside[None, :], d_ok, MASKED, D != BLOCK_D)
+        k_tile = column_tile(keys, start, inside[None, :], d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         j = offs_j[None, :]
         if MASKED:
@@ -235,6 +235,6 @@ def _visit(
         m = m_new
         p = p * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
         # v_tile [BLOCK_N, BLOCK_DV]
-        v_tile = load_tile(values + tl.cast(start, tl.int64) * v_step, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV)
+        v_tile = row_tile(values, start, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, l, m

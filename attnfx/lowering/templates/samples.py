@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import gathered
+
 LOG2E = tl.constexpr(1.4426950408889634)
 SCALE = tl.constexpr(0.25)
 FAR = tl.constexpr(2147483647)
@@ -22,13 +24,13 @@ def plain_grad(dot, b, h, i, j, loads, ints):
 @triton.jit
 def relative_bias(dot, b, h, i, j, loads, ints):
     """loads[0] indexed [h, i - j + ints[1]] with stride ints[0] for h."""
-    return (dot * SCALE + tl.load(loads[0] + h * ints[0] + (i - j + ints[1]))) * LOG2E
+    return (dot * SCALE + gathered(loads[0] + h * ints[0] + (i - j + ints[1]))) * LOG2E
 
 
 @triton.jit
 def relative_gate(b, h, i, j, loads, ints):
     """A factor of the probabilities from the table that `relative_bias` adds."""
-    return tl.load(loads[0] + h * ints[0] + (i - j + ints[1]))
+    return gathered(loads[0] + h * ints[0] + (i - j + ints[1]))
 
 
 @triton.jit
