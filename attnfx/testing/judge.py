@@ -78,7 +78,7 @@ def check(program: Program, *, dynamo: bool = False, dynamic: bool = False) -> V
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Verdict(failure=f"crash: {_first_line(error)} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})")
     if any(bool(o.isnan().any()) for o in truth.outputs):
-        ours, eager = _known_nan(program, ours, eager, truth)
+        ours, eager = known_nan(program, ours, eager, truth)
     sites, reasons = tuple(str(s.site) for s in report.sites), tuple(m.reason for m in report.missed)
     overflows = program.softmax.how == "exp"
     return Verdict(sites, reasons, difference(ours, eager, truth, TOLERANCE[program.dtype], overflows=overflows))
@@ -138,7 +138,7 @@ def _biased_after_a_fill(program: Program) -> bool:
     return False
 
 
-def _known_nan(program: Program, ours: Results, eager: Results, truth: Results) -> tuple[Results, Results]:
+def known_nan(program: Program, ours: Results, eager: Results, truth: Results) -> tuple[Results, Results]:
     """Both with zero gradients where queries without keys make NaN in one of them that the description does not tell of: for
     every input where -inf is put and added, and for biases alone, where eager is NaN in both types, where one follows -inf."""
     both, late = _fills_both_ways(program), _biased_after_a_fill(program)
@@ -174,12 +174,12 @@ def difference(ours: Results, eager: Results, truth: Results, tolerance: float, 
 
     An element is right when it is close to eager in float64, or to eager in the program's own type: a fill such as -1e9 swallows
     scores in one type and not in another. Where eager itself is far from the truth, ours may be three times as far.
-    Where an exponential without a maximum ``overflows``, eager has NaN and the truth a number: the truth alone is right.
+    Where an exponential without a maximum ``overflows``, eager has NaN and the truth a number: that number is right, too.
     """
-    if overflows:
-        eager = _mended(eager, truth)
     if len(ours.outputs) != len(eager.outputs):
         return f"{len(ours.outputs)} outputs instead of {len(eager.outputs)}"
+    if overflows:
+        eager = _mended(ours, eager, truth)
     pairs: list[tuple[str, Any, Any, Any, float]] = [
         (f"output {n}", *three, tolerance) for n, three in enumerate(zip(ours.outputs, eager.outputs, truth.outputs, strict=True))
     ]
@@ -189,16 +189,16 @@ def difference(ours: Results, eager: Results, truth: Results, tolerance: float, 
     return next((text for pair in pairs if (text := _apart(*pair))), "")
 
 
-def _mended(eager: Results, truth: Results) -> Results:
-    """Eager's results, with the truth's elements where these are finite and eager's are not."""
+def _mended(ours: Results, eager: Results, truth: Results) -> Results:
+    """Eager's results, with the truth's elements where these and ours are finite and eager's are not."""
 
-    def element(own: Tensor | None, exact: Tensor | None) -> Tensor | None:
-        if own is None or exact is None or own.shape != exact.shape or not own.is_floating_point():
+    def elements(mine: Tensor | None, own: Tensor | None, exact: Tensor | None) -> Tensor | None:
+        if mine is None or own is None or exact is None or not mine.shape == own.shape == exact.shape:
             return own
-        return torch.where(~own.isfinite() & exact.isfinite(), exact.to(own.dtype), own)
+        return torch.where(~own.isfinite() & exact.isfinite() & mine.isfinite(), exact.to(own.dtype), own)
 
-    outputs = tuple(element(own, exact) for own, exact in zip(eager.outputs, truth.outputs, strict=True))
-    gradients = {name: element(own, truth.gradients.get(name)) for name, own in eager.gradients.items()}
+    outputs = tuple(map(elements, ours.outputs, eager.outputs, truth.outputs))
+    gradients = {name: elements(ours.gradients.get(name), own, truth.gradients.get(name)) for name, own in eager.gradients.items()}
     return Results(cast(tuple[Tensor, ...], outputs), gradients)
 
 
