@@ -13,9 +13,9 @@ from attnfx.testing import Program, Unspellable, check, programs, seeded_program
 from attnfx.testing.__main__ import main, summary
 from attnfx.testing.bulk import Tally, examine, kind_of, many, program_of, runnable
 from attnfx.testing.choices import choose_program
-from attnfx.testing.judge import Results, difference, load
+from attnfx.testing.judge import Results, difference, known_nan, load
 from attnfx.testing.mutations import MUTATIONS
-from attnfx.testing.program import Mask, Output, Scale, Scores, Sizes, Softmax
+from attnfx.testing.program import Bias, Mask, Output, Scale, Scores, Sizes, Softmax
 from attnfx.testing.tracing import record
 
 PARTS, EACH, SEED = 12, 250, 0
@@ -130,6 +130,36 @@ def test_either_eager_is_right_where_the_type_decides() -> None:
     own, exact, other = (Results((torch.full((4,), x),), {}) for x in (0.5, 0.5001, 0.52))
     assert difference(own, own, exact, 2e-5) == difference(exact, own, exact, 2e-5) == ""
     assert difference(other, own, exact, 2e-5)
+
+
+def test_an_overflow_of_eager_is_judged_by_the_truth_alone() -> None:
+    """Where an exponential overflows, a number in place of eager's NaN must be the truth, and elsewhere nothing changes."""
+    nan = float("nan")
+    own, exact = (Results((torch.tensor(x),), {"k": torch.tensor(x)}) for x in ([nan, 0.5, nan], [0.25, 0.5, nan]))
+    assert difference(exact, own, exact, 2e-5, overflows=True) == ""
+    assert difference(own, own, exact, 2e-5, overflows=True) == ""
+    assert difference(exact, own, exact, 2e-5)
+    for wrong in ([0.26, 0.5, nan], [nan, nan, nan], [0.25, 0.51, nan], [0.25, 0.5, 0.5]):
+        off = Results((torch.tensor(wrong),), exact.gradients)
+        assert difference(off, own, exact, 2e-5, overflows=True), wrong
+
+
+def test_only_known_nan_are_left_open() -> None:
+    """Of a query without keys, a bias after a fill may lack eager's NaN; nothing else may, and no number may differ."""
+    nan = float("nan")
+    output = (torch.tensor([nan, 1.0]),)
+    late = Program(terms=(Mask("data", fill="-inf", empty=True), Bias()))
+    eager = Results(output, {"q": torch.tensor([nan, 1.0]), "bias": torch.tensor([nan, 1.0])})
+
+    def judged(program: Program, **changed: Tensor) -> str:
+        ours, own = known_nan(program, Results(output, {**eager.gradients, **changed}), eager, eager)
+        return difference(ours, own, eager, 2e-5)
+
+    assert judged(late, bias=torch.tensor([0.0, 1.0])) == ""
+    assert judged(late, bias=torch.tensor([0.0, 1.1]))
+    assert judged(late, bias=torch.tensor([0.0, nan]))
+    assert judged(late, q=torch.tensor([0.0, 1.0]))
+    assert judged(late.replace(terms=late.terms[::-1]), bias=torch.tensor([0.0, 1.0]))
 
 
 def test_a_failure_is_a_file_that_runs() -> None:

@@ -74,16 +74,18 @@ def _block(
     problem: Problem, block: Block, result: Result, grad_out: Tensor, grad_lse: Tensor | None, sums: Sums, biases: list[Tensor]
 ) -> None:
     wide_grad = grad_out[block.place].to(problem.dtype)
-    delta = (wide_grad * result.out[block.place].to(problem.dtype)).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse[block.place].to(problem.dtype)[..., None]
     block, p, live, slope = _weights(problem, block, result)
     place, stacked_grad = problem.place_of_keys(block), problem.stacked(wide_grad)
     dweight = problem.unstacked(stacked_grad @ problem.keys_of(problem.v, block).transpose(-1, -2))
     scale = problem.factor(block)
     survived = p if scale is None else p * scale
     sums[2][place] += problem.stacked(survived).transpose(-1, -2) @ stacked_grad
-    dz = (dweight if scale is None else dweight * scale).sub_(delta).mul_(p)
+    dz = dweight if scale is None else dweight * scale
+    # the sum of dO * O, from the same weights: where one key has all of a row, the difference is zero and not a rounding error
+    delta = (dz * p).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[block.place].to(problem.dtype)[..., None]
+    dz = dz.sub_(delta).mul_(p)
     if live is not None:
         dz = dz.masked_fill(~live, 0.0)
     # where the score was put away its gradient is zero and not NaN times zero
@@ -109,6 +111,9 @@ def _weights(problem: Problem, block: Block, result: Result) -> tuple[Block, Ten
         lse = lse.masked_fill(lse == -math.inf, math.inf)
     dot = dots(problem, block)
     p = (masked_logits(problem, block, dot) - lse).exp_()
+    # of scores in the hundreds the LSE has lost digits, alike for all of a row
+    total = p.sum(-1, keepdim=True)
+    p = p.div_(total.masked_fill_(total == 0.0, 1.0))
     return block, p, None, problem.slope(block, dot)
 
 
