@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import sympy
@@ -98,17 +99,21 @@ class World:
 
     def unproved(self) -> str:
         """Why the mirror holds for the traced sizes only; empty where it holds for all that the user's guards admit."""
-        known = set() if self.user_env is None else {g.expr for g in self.user_env.guards}
+        promised = _promised(self.user_env)
         for guard in self.env.guards:
             expression = guard.expr.xreplace(self.to_user)
-            if expression in known or expression == sympy.true:
-                continue
-            if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
-                continue
-            if evident(guard.expr, self.lowest):
-                continue
-            return f"reading the graph needs {expression}, which the compile does not guarantee"
+            if expression not in promised and not all(self._holds(part, promised) for part in sympy.And.make_args(guard.expr)):
+                return f"reading the graph needs {expression}, which the compile does not guarantee"
         return ""
+
+    def _holds(self, claim: sympy.Basic, promised: AbstractSet[sympy.Basic]) -> bool:
+        """Whether a claim in our symbols follows from the user's guards."""
+        expression = claim.xreplace(self.to_user)
+        if expression in promised or expression == sympy.true:
+            return True
+        if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
+            return True
+        return evident(claim, self.lowest)
 
 
 def known(env: ShapeEnv, symbols: Iterable[sympy.Symbol]) -> Ranges:
@@ -121,6 +126,14 @@ def known(env: ShapeEnv, symbols: Iterable[sympy.Symbol]) -> Ranges:
         if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
             high[s] = bound.upper
     return Ranges(low, high)
+
+
+def _promised(env: ShapeEnv | None) -> set[sympy.Basic]:
+    """The guards of ``env`` and their conjuncts, also in the symbols by which later guards replace earlier ones."""
+    if env is None:
+        return set()
+    guards = {e for g in env.guards for e in (g.expr, env.replace(g.expr))}
+    return guards | {part for e in guards for part in sympy.And.make_args(e)}
 
 
 def _hints(env: ShapeEnv | None) -> Mapping[sympy.Symbol, sympy.Expr]:
