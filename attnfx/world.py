@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import sympy
@@ -28,13 +29,14 @@ def storage_of(t: torch.Tensor) -> int:
 
 
 class World:
-    """Fake inputs in a mode of our own, whose symbols mirror those of the user's ShapeEnv one to one."""
+    """Fake inputs in a mode of our own, whose symbols mirror those of the user's ShapeEnv; those that are proved equal are one."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.placeholders = gm.graph.find_nodes(op="placeholder")
         self.user_env: ShapeEnv | None = None
+        self.equal: dict[sympy.Symbol, sympy.Symbol] = {}
         self.ours: dict[sympy.Symbol, sympy.Symbol] = {}
         self.to_user: dict[sympy.Symbol, sympy.Symbol] = {}
         self.inputs = [self.convert(example_of(p)) for p in self.placeholders]
@@ -53,14 +55,18 @@ class World:
             twin = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
         return twin.requires_grad_(value.requires_grad) if value.requires_grad else twin
 
+    def meet(self, env: ShapeEnv) -> None:
+        if env is not self.user_env:
+            self.user_env, self.equal = env, _equal(env)
+
     def symint(self, value: torch.SymInt) -> int | torch.SymInt:
-        self.user_env = value.node.shape_env
-        expression = value.node.expr
+        self.meet(value.node.shape_env)
+        expression = value.node.expr.xreplace(self.equal)
         ours = expression.xreplace({s: self.symbol(s) for s in expression.free_symbols})
         return self.env.create_symintnode(ours, hint=value.node.hint) if ours.free_symbols else int(ours)
 
     def symfloat(self, value: torch.SymFloat) -> float | torch.SymFloat:
-        self.user_env = value.node.shape_env
+        self.meet(value.node.shape_env)
         expression = value.node.expr
         if not expression.is_Symbol:
             return value.node.hint if value.node.hint is not None else float("nan")
@@ -98,17 +104,21 @@ class World:
 
     def unproved(self) -> str:
         """Why the mirror holds for the traced sizes only; empty where it holds for all that the user's guards admit."""
-        known = set() if self.user_env is None else {g.expr for g in self.user_env.guards}
+        promised = _promised(self.user_env, self.equal)
         for guard in self.env.guards:
             expression = guard.expr.xreplace(self.to_user)
-            if expression in known or expression == sympy.true:
-                continue
-            if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
-                continue
-            if evident(guard.expr, self.lowest):
-                continue
-            return f"reading the graph needs {expression}, which the compile does not guarantee"
+            if expression not in promised and not all(self._holds(part, promised) for part in sympy.And.make_args(guard.expr)):
+                return f"reading the graph needs {expression}, which the compile does not guarantee"
         return ""
+
+    def _holds(self, claim: sympy.Basic, promised: AbstractSet[sympy.Basic]) -> bool:
+        """Whether a claim in our symbols follows from the user's guards."""
+        expression = claim.xreplace(self.to_user)
+        if expression in promised or expression == sympy.true:
+            return True
+        if self.user_env is not None and self.user_env._maybe_evaluate_static(expression) == sympy.true:
+            return True
+        return evident(claim, self.lowest)
 
 
 def known(env: ShapeEnv, symbols: Iterable[sympy.Symbol]) -> Ranges:
@@ -121,6 +131,27 @@ def known(env: ShapeEnv, symbols: Iterable[sympy.Symbol]) -> Ranges:
         if bound is not None and bound.upper.is_Integer and bound.upper < 2**31:
             high[s] = bound.upper
     return Ranges(low, high)
+
+
+def _equal(env: ShapeEnv) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Sizes that the guards of ``env`` make equal to another one, as in ``a + s == a + t``, which ShapeEnv does not solve."""
+    found: dict[sympy.Symbol, sympy.Symbol] = {}
+    for claim in (env.replace(g.expr) for g in env.guards):
+        if not isinstance(claim, sympy.Eq):
+            continue
+        difference = sympy.expand(claim.lhs - claim.rhs).xreplace(found)
+        pair = sorted(difference.free_symbols, key=str)
+        if len(pair) == 2 and difference in (pair[0] - pair[1], pair[1] - pair[0]) and all(s in _hints(env) for s in pair):
+            found = {s: t.xreplace({pair[1]: pair[0]}) for s, t in found.items()} | {pair[1]: pair[0]}
+    return found
+
+
+def _promised(env: ShapeEnv | None, equal: Mapping[sympy.Symbol, sympy.Symbol]) -> set[sympy.Basic]:
+    """The guards of ``env`` and their conjuncts, also in the symbols by which later guards replace earlier ones."""
+    if env is None:
+        return set()
+    guards = {e for g in env.guards for e in (g.expr, env.replace(g.expr), env.replace(g.expr).xreplace(equal))}
+    return guards | {part for e in guards for part in sympy.And.make_args(e)}
 
 
 def _hints(env: ShapeEnv | None) -> Mapping[sympy.Symbol, sympy.Expr]:

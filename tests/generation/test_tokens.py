@@ -11,7 +11,7 @@ import torch
 from models import zoo
 from torch import Tensor, nn
 
-from generation.watch import watched
+from generation.watch import SINGLE, watched
 
 pytest.importorskip("transformers")
 from transformers import (
@@ -27,8 +27,6 @@ from transformers import (
 )
 
 PROMPT, TOKENS = 29, 33  # a prefill and 32 steps
-#: A decoder that starts from one token attends to that token alone.
-SINGLE = "it has a single key, whose weight is always 1: there is nothing to compute"
 SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 GROUPED: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -91,6 +89,7 @@ CASES = (
     Generation(llama, padded="left", dynamic=True),
     Generation(llama, "eager", "static", padded="left"),
     Generation(mistral),
+    Generation(mistral, dynamic=True),
     Generation(mistral, "eager", padded="left"),
     Generation(mistral, "sdpa", "static"),
     Generation(gpt2, padded="left"),
@@ -98,6 +97,7 @@ CASES = (
     Generation(t5, "eager", padded="right"),
     Generation(t5, "eager", "static"),
     Generation(whisper),
+    Generation(whisper, "sdpa", "static", dynamic=True),
 )
 
 

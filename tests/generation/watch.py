@@ -15,6 +15,9 @@ from attnfx.report import Report
 #: attnfx, and what it does to the graph left to eager: a C++ compiler adds time here and nothing to see.
 OURS = (backend.attnfx, {"inner": "eager", "strict": True})
 
+#: Why a decoder that starts from one token, and attends to that token alone, stays as it was for that step.
+SINGLE = "it has a single key, whose weight is always 1: there is nothing to compute"
+
 
 @dataclass(frozen=True)
 class Watched:
