@@ -18,6 +18,7 @@ from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     linear,
     sdpa,
     softmax,
+    unnormalised,
 )
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.learned import Reading
@@ -32,6 +33,7 @@ _FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], .
     softmax.find,
     late_division.find,
     flex.find,
+    unnormalised.find,
 )
 
 
@@ -45,6 +47,8 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
             if isinstance(item, tuple):
                 missed.append(NearMiss(item[0], finder.__module__.rsplit(".", 1)[-1], item[1]))
                 continue
+            if item.rows and any(item.normaliser in m.candidate.consumed for m in found):
+                continue  # divided further on
             try:
                 found.append(match(mirror, item))
             except (Refused, Stale) as refusal:
