@@ -38,6 +38,7 @@ class Splicer:
         self.gm, self.graph, self.mirror = gm, gm.graph, mirror
         self.made: list[fx.Node] = []
         self.replaced: list[fx.Node] = []
+        self.results: list[fx.Node] = []
         self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.until: fx.Node
         #: Row sums and maxima of the last site, the model's and the new ones.
@@ -69,6 +70,7 @@ class Splicer:
         old.replace_all_uses_with(result)
         self.mirror.dynamo_of[match.candidate.output] = result
         self.replaced.append(old)
+        self.results += [result, *(made for _, made in self.rows)]
         for row, made in self.rows:
             # what read a row before is a part of the site, or the model's own business still
             for user in [n for n in row.users if core < n]:
@@ -315,19 +317,32 @@ class Splicer:
         """The living nodes that share each storage that is written in place, and those that write it."""
         written = {storage for _, storage in self.mirror.mutations}
         groups: dict[int, set[fx.Node]] = {}
+        moved = self._moved()
         for node, value in self.mirror.value.items():
             storage = self.mirror.storage.get(value)
-            if storage in written and node not in dead:
+            if storage in written and node not in dead and node not in moved:
                 groups.setdefault(storage, set()).add(node)
-        nodes = list(self.mirror.graph.nodes)
+        nodes = {self.mirror.position[n]: n for n in self.mirror.graph.nodes}  # a derived node stands before the one at its place
         writes: dict[fx.Node, set[int]] = {}
         for at, storage in self.mirror.mutations:
             if nodes[at] in self.mirror.origin:
                 writes.setdefault(self.mirror.origin[nodes[at]], set()).add(storage)
         for writer, storages in writes.items():
-            if len(storages) == 1 and writer not in dead and not storages.isdisjoint(groups):
+            if len(storages) == 1 and writer not in dead and writer not in moved and not storages.isdisjoint(groups):
                 groups[next(iter(storages))].add(writer)
         return groups
+
+    def _moved(self) -> set[fx.Node]:
+        """What shared memory with the result of a site and shares that of the new one now."""
+        held = {self.mirror.storage.get(self.mirror.value[old]) for old in self.replaced} - {None}
+        moved, queue = set[fx.Node](), list(self.results)
+        while queue:
+            for user in queue.pop().users:
+                value = self.mirror.value.get(user)
+                if user not in moved and value is not None and self.mirror.storage.get(value) in held:
+                    moved.add(user)
+                    queue.append(user)
+        return moved
 
 
 def _with_ancestors(order: Sequence[fx.Node], chosen: set[fx.Node]) -> set[fx.Node]:

@@ -10,6 +10,7 @@ from torch import fx
 from attnfx.mirror import Mirror
 from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     flex,
+    joined,
     late_division,
     lift_gathers,
     lift_moves,
@@ -31,6 +32,7 @@ from attnfx.patterns.near import NearMiss, closest, distinct
 _FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (
     sdpa.find,
     softmax.find,
+    joined.find,
     late_division.find,
     flex.find,
     unnormalised.find,
@@ -66,7 +68,7 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
 def _beside(found: Match, others: Mapping[fx.Node, fx.Node]) -> Match:
     """The match, with a product that is no attention named among those that read its probabilities (relative values)."""
     other = others.get(found.candidate.normaliser)
-    if other is None or found.candidate.also:
+    if other is None or found.candidate.also or other in found.candidate.consumed:
         return found
     return replace(found, candidate=replace(found.candidate, also=other.name))
 

@@ -50,6 +50,7 @@ class Candidate:
     ``also``: who else reads the probabilities, so that the model goes on computing them.
     ``rows``: where nothing divides the exponentials, their row sums ("sum") and the row maxima that were taken off ("max"), as
     far as the model reads them: the attention gives these too, where ``first`` of their readers stands before the output.
+    ``scores``: products that one new product stands for.
     """
 
     pattern: str
@@ -67,6 +68,7 @@ class Candidate:
     also: str = ""
     rows: tuple[tuple[str, fx.Node], ...] = ()
     first: fx.Node | None = None
+    scores: frozenset[fx.Node] = frozenset()
 
 
 #: A pattern: every candidate of a mirror, or for each look-alike the node and why it is none.

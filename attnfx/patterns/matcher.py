@@ -322,7 +322,7 @@ class _Attempt:
         (score, keep, *sinks, weight), loads = numbered(self.mirror, self.candidate.output, *parts)
         if any(descends(past.node, self.candidate.normaliser) for past in loads):
             raise Refused("its probabilities are multiplied by something that is computed from them")
-        if any(descends(past.node, self.dot) for past in loads):
+        if any(descends(past.node, dot) for past in loads for dot in (self.dot, *self.candidate.scores)):
             raise Refused("its scores are changed by something that is computed from all of them")
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)

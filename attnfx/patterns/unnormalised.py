@@ -90,6 +90,8 @@ def _continued(
         if away or mirror.leaves_graph(maximum):
             if mirror.requires_grad(maximum):
                 return node, f"the gradient of the row maximum of its scores ({maximum.name}) has no kernel"
+            if mirror.writers(maximum, 0):
+                return node, f"the row maximum of its scores ({maximum.name}) is changed in place"
             rows.append(("max", maximum))
             read += away
     first = min((n for n in read if mirror.position[n] < mirror.position[end]), key=lambda n: mirror.position[n], default=None)
