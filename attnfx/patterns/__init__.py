@@ -46,11 +46,12 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
     others: dict[fx.Node, fx.Node] = {}
     for finder in _FINDERS:
         for item in finder(mirror):
+            exponentials = item[0] if isinstance(item, tuple) else item.normaliser
+            if finder is unnormalised.find and any(exponentials in m.candidate.consumed for m in found):
+                continue  # divided further on
             if isinstance(item, tuple):
                 missed.append(NearMiss(item[0], finder.__module__.rsplit(".", 1)[-1], item[1]))
                 continue
-            if item.rows and any(item.normaliser in m.candidate.consumed for m in found):
-                continue  # divided further on
             try:
                 found.append(match(mirror, item))
             except (Refused, Stale) as refusal:

@@ -299,7 +299,12 @@ def divided_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
-@pytest.mark.parametrize("function", [divided, divided_before])
+def divided_attached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    y, a = attached(q, k, v)
+    return y / a[..., None]
+
+
+@pytest.mark.parametrize("function", [divided, divided_before, divided_attached])
 def test_one_piece_that_is_divided_is_a_softmax(function: Callable[..., Any]) -> None:
     given = operands(grad=True)
     got, report = compiled(function, *given)
