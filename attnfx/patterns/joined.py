@@ -19,7 +19,7 @@ from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.hoisted import hoisted
 from attnfx.patterns.laid_together import Piece, Share, one_product, one_value
-from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
+from attnfx.patterns.lift import Dot, Index, Lifter, Stale, has_rule, operation
 from attnfx.patterns.probabilities import Course, beside, course
 from attnfx.patterns.softmax import logits_of
 from attnfx.patterns.versions import changed_between
@@ -30,7 +30,7 @@ _T = sympy.Symbol("t", integer=True, nonnegative=True)
 def find(mirror: Mirror) -> Iterator[Candidate | tuple[fx.Node, str]]:
     """Every softmax over scores of several products, each of its own keys, whose parts are multiplied with values and summed."""
     for node in list(mirror.graph.nodes):
-        if (found := logits_of(node)) is None:
+        if (found := logits_of(node)) is None or not _several(found[0]):
             continue
         way = course(mirror, node)
         if way.ends and not way.dropout and changed_between(mirror, found[0], node) is None:
@@ -82,6 +82,20 @@ def _joined(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int, way: Cour
         also=next(iter(way.leaves), ""),
         scores=frozenset(known),
     )
+
+
+def _several(logits: fx.Node) -> bool:
+    """Whether several products may meet in the logits, before anything is lifted."""
+    products, seen, queue = 0, {logits}, [logits]
+    while queue and products < 2:
+        node = queue.pop()
+        if contraction(node) is not None:
+            products += 1
+        elif node is logits or has_rule(node):
+            fresh = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            queue += fresh
+    return products > 1
 
 
 def _symbols(node: fx.Node) -> list[sympy.Symbol]:
