@@ -119,6 +119,7 @@ def _rewrite(
             assert old is not None
             sites.append(replace(entry, buffers=_read(match, tables)))
             pairs.append((entry.name, old, mirror.dynamo_of[match.candidate.output]))
+            pairs += [(entry.name, before, after) for before, after in splicer.rows]
         else:
             lost.append(entry)
     kept = [_kept(mirror, linear, options) for linear in linears]
@@ -193,7 +194,7 @@ def _serve(
     name = prefix + origin.node
     match, decision = _decided(mirror, match, origin, options.policy)
     site = match.site
-    if match.candidate.output not in mirror.dynamo_of:
+    if any(node not in mirror.dynamo_of for node in (match.candidate.output, *(row.node for _, row in match.rows))):
         inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
         return _lost(mirror, match, inside)
     if site.dropout and mirror.dynamo_of[match.candidate.output] in mapped(splicer.graph):
@@ -265,7 +266,9 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
                 splicer.call(torch.ops.aten.detach.default, load) if side.requires_grad and slot not in planned else load
                 for slot, (side, load) in enumerate(zip(site.side, loads, strict=True))
             ]
-            return graph.call_function(torch.ops.attnfx.attention.default, (query, key, value, given, sizes, kernel.to_json()))
+            ops = torch.ops.attnfx
+            target = ops.attention.default if site.normaliser == "softmax" else ops.attention_unnormalised.default
+            return graph.call_function(target, (query, key, value, given, sizes, kernel.to_json()))
         args = (query, key, value, site.facts.causal, site.scale, site.dropout)
         return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
 

@@ -39,7 +39,7 @@ class Decision:
 def decide(site: AttentionSite, policy: Policy) -> Decision:
     """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it."""
     rule = policy.choose(site.origin.module)
-    if site.normaliser != "softmax":
+    if not site.exponential:
         return _linear(site, rule)
     if rule is None or rule.variant is None:
         return _exact(site)
@@ -47,7 +47,8 @@ def decide(site: AttentionSite, policy: Policy) -> Decision:
 
 
 def _by_rule(site: AttentionSite, rule: Rule, variant: Variant) -> Decision:
-    reasons = variant.objections(site)
+    piece = f"The site is a piece of an attention that is divided later; {type(variant).__name__} changes whole ones."
+    reasons = variant.objections(site) if site.normaliser == "softmax" else (piece,)
     if not reasons:
         changed = variant.apply(site)
         plan = make_plan(changed, family(site))

@@ -184,7 +184,8 @@ def attention(
         one_key = {**grid, "j": grid["j"].new_zeros(1, 1, 1, 1)}
         sink = evaluate(site.sink, one_key, loads, values, dtype=q.dtype, clamp=True).to(q.dtype)
         z = torch.cat([z, sink.expand(*z.shape[:3], 1)], -1)
-    weights, lse = z.softmax(-1), z.logsumexp(-1)
+    lse = z.logsumexp(-1)
+    weights = z.softmax(-1) if site.normaliser == "softmax" else (z - z.detach().amax(-1, keepdim=True)).exp()
     if site.empty_rows == "zero":
         weights = weights.masked_fill((z == float("-inf")).all(-1, keepdim=True), 0.0)
     weights = weights[..., : k.shape[2]]

@@ -157,19 +157,19 @@ class _Beside(fx.Interpreter):
     def __init__(self, probe: Probe, found: dict[str, float]) -> None:
         super().__init__(probe.gm)
         self.probe, self.found = probe, found
-        self.site_of = {new: site for site, _, new in probe.pairs}
-        self.replaced = {old: site for site, old, _ in probe.pairs}
+        self.pairs = {node: (site, old, new) for site, old, new in probe.pairs for node in (old, new)}
         self.waiting: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = self.region(n) if isinstance(n.target, torch._ops.HigherOrderOperator) else super().run_node(n)
-        if n.name in self.site_of:
-            self.waiting[self.site_of[n.name]] = result
-            return None
-        if n.name in self.replaced:
-            site = self.replaced[n.name]
-            self.found[site] = difference(self.waiting.pop(site), result)
-        return result
+        if n.name not in self.pairs:
+            return result
+        site, old, new = self.pairs[n.name]
+        self.waiting[n.name] = result
+        if old in self.waiting and new in self.waiting:
+            error, known = difference(self.waiting.pop(new), self.waiting.pop(old)), self.found.get(site, 0.0)
+            self.found[site] = known if error <= known else error
+        return None if n.name == new else result
 
     def region(self, n: fx.Node) -> Any:
         """What a region returns; its own sites are compared on the way."""

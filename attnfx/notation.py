@@ -123,11 +123,12 @@ def line(site: AttentionSite) -> str:
     width = f"D={site.head_dim}" + (f"/{site.value_dim}" if site.value_dim != site.head_dim else "")
     fill = "" if site.facts.full or math.isinf(site.fill) else f" else {'+' if site.additive else ''}{number(site.fill)}"
     drop = f", dropout {site.dropout:g}" if site.dropout else ""
-    if site.normaliser != "softmax":
+    if not site.exponential:
         from attnfx import linear_reference
 
         return f"{linear_reference.line(site)}  [{shape} {lengths} {width} {short(site.dtype)}]"
     sink = "" if site.sink is None else f", sink {formula(site.sink)}"
     weight = "" if site.weight == expr.ONE else f"{formula(site.weight, 5)}·"
-    weights = f"{weight}softmax({formula(site.score)} | {mask(site)}{fill}{sink}{drop})"
+    name = "softmax" if site.normaliser == "softmax" else "exp less max"
+    weights = f"{weight}{name}({formula(site.score)} | {mask(site)}{fill}{sink}{drop})"
     return f"{weights} v  [{shape} {lengths} {width} {short(site.dtype)}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 #: Operators whose sixth argument is a plan.
-_CARRIERS = ("attnfx.attention.default", "attnfx.attention_lse.default")
+_CARRIERS = tuple(f"attnfx.{name}.default" for name in ("attention", "attention_lse", "attention_unnormalised"))
 
 
 def readable(gm: fx.GraphModule) -> str:

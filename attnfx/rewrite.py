@@ -40,8 +40,11 @@ class Splicer:
         self.gm, self.graph, self.mirror = gm, gm.graph, mirror
         self.made: list[fx.Node] = []
         self.replaced: list[fx.Node] = []
+        self.results: list[fx.Node] = []
         self.copies: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.until: fx.Node
+        #: Row sums and maxima of the last site, the model's and the new ones.
+        self.rows: list[tuple[fx.Node, fx.Node]] = []
 
     def splice(self, match: Match, call: Callable[..., fx.Node]) -> fx.Node:
         """Replace the site by ``call(query, key, value, loads)``, made with canonical (B,H,M,D) operands. Returns the new node.
@@ -52,9 +55,10 @@ class Splicer:
         if old is None:
             maker = self.mirror.origin.get(match.candidate.output)
             raise LookupError(f"the result of the attention is inside another operation, {maker}")
-        self.made, self.until = [], match.candidate.output
+        self.made, self.until, self.rows = [], match.candidate.output, []
         try:
-            with self.graph.inserting_before(old):
+            first = match.candidate.first
+            with self.graph.inserting_before(old if first is None else self.mirror.origin[first]):
                 core, result = self._build(match, call, old)
         except BaseException:
             self.copies = {k: copy for k, copy in self.copies.items() if copy not in self.made}
@@ -63,10 +67,18 @@ class Splicer:
             lost = set(self.made)
             self.mirror.dynamo_of = {m: d for m, d in self.mirror.dynamo_of.items() if d not in lost}
             raise
-        result.meta = {**old.meta, **{k: v for k, v in result.meta.items() if k not in ("example_value", "val")}}
+        for before, made in ((old, result), *self.rows):
+            made.meta = {**before.meta, **{k: v for k, v in made.meta.items() if k not in ("example_value", "val")}}
         old.replace_all_uses_with(result)
         self.mirror.dynamo_of[match.candidate.output] = result
         self.replaced.append(old)
+        self.results += [result, *(made for _, made in self.rows)]
+        for row, made in self.rows:
+            # what read a row before is a part of the site, or the model's own business still
+            for user in [n for n in row.users if core < n]:
+                user.replace_input_with(row, made)
+            self.mirror.dynamo_of[self.mirror.value[row]] = made
+            self.replaced.append(row)
         return core
 
     def _build(self, match: Match, call: Callable[..., fx.Node], old: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -95,12 +107,20 @@ class Splicer:
             for node, operand in ((query, match.query), (key, match.key), (value, match.value))
         )
         loads = [self.kept(self.held(past.node, past.after), past.node, match) for past in match.loads]
-        core = call(query, key, value, loads)
+        core = called = call(query, key, value, loads)
         self.made.append(core)
+        if match.rows:
+            core = self.call(operator.getitem, called, 0)
         for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
             if name in old.meta:
-                core.meta[name] = old.meta[name]
-        return core, self.kept(self.restored(match, core, old), match.candidate.output, match)
+                called.meta[name] = old.meta[name]
+        axes: list[Axis] = [layout.batch, heads, (layout.i,)]
+        for kind, row in match.rows:
+            known = self.mirror.dynamo_of[row.node]
+            part = self.call(operator.getitem, called, 1 if kind == "sum" else 2)
+            self.rows.append((known, self.kept(self.restored(match, part, known, row, axes), row.node, match)))
+        axes.append(layout.width)
+        return called, self.kept(self.restored(match, core, old, match.output, axes), match.candidate.output, match)
 
     def scaled(self, target: Any, node: fx.Node, by: fx.Node, of: Operand, factor: Operand) -> fx.Node:
         """``node * by`` or ``node / by`` in the dtype of the operand ``of``."""
@@ -136,13 +156,11 @@ class Splicer:
             node = self.call(_ATEN.expand.default, node, lengths)
         return node if wanted == list(target) else self.reshaped(node, match, target)
 
-    def restored(self, match: Match, core: fx.Node, old: fx.Node) -> fx.Node:
-        """The attention's (B,H,M,Dv) as the node it replaces: same axes, sizes and dtype, and strides where something
-        looks at them."""
-        layout = match.layout
-        axes: list[Axis] = [layout.batch, (*layout.heads, *layout.groups), (layout.i,), layout.width]
+    def restored(self, match: Match, core: fx.Node, old: fx.Node, output: Operand, axes: list[Axis]) -> fx.Node:
+        """The attention's result with ``axes``, (B,H,M,Dv) or (B,H,M), as the node it replaces: same axes, sizes and dtype, and
+        strides where something looks at them."""
         # An axis that no operand has is one that the model broadcast, a query axis that vanished in a view: their sizes are one.
-        target = [tuple(s for s in axis if any(s in group for group in axes)) for axis in match.output.axes]
+        target = [tuple(s for s in axis if any(s in group for group in axes)) for axis in output.axes]
         node = core
         if target != axes:
             parts = [part for group in axes for part in ([group] if group in target else [(s,) for s in group]) if part]
@@ -152,14 +170,14 @@ class Splicer:
             order = [parts.index(part) for part in atoms] + [k for k, part in enumerate(parts) if part not in atoms]
             if order != list(range(len(parts))):
                 node = self.call(_ATEN.permute.default, node, order)
-            if [parts[k] for k in order] != list(match.output.axes):
-                node = self.reshaped(node, match, match.output.axes)
-        dtype = match.candidate.output.meta["val"].dtype
-        if dtype != match.site.dtype:
+            if [parts[k] for k in order] != list(output.axes):
+                node = self.reshaped(node, match, output.axes)
+        dtype = output.node.meta["val"].dtype
+        if dtype != match.site.dtype or output is not match.output:
             node = self.call(_ATEN.to.dtype, node, dtype)
         if not (stride_sensitive(old) or self.shared_by_strides(old)):
             return node
-        example, traced = old.meta.get("example_value", old.meta.get("val")), match.candidate.output.meta["val"]
+        example, traced = old.meta.get("example_value", old.meta.get("val")), output.node.meta["val"]
         # An example whose axes the model changes in place later shows the later ones.
         same = isinstance(example, torch.Tensor) and example.dim() == traced.dim()
         return self.laid_out(node, memory_order(example if same else traced))
@@ -301,19 +319,32 @@ class Splicer:
         """The living nodes that share each storage that is written in place, and those that write it."""
         written = {storage for _, storage in self.mirror.mutations}
         groups: dict[int, set[fx.Node]] = {}
+        moved = self._moved()
         for node, value in self.mirror.value.items():
             storage = self.mirror.storage.get(value)
-            if storage in written and node not in dead:
+            if storage in written and node not in dead and node not in moved:
                 groups.setdefault(storage, set()).add(node)
-        nodes = list(self.mirror.graph.nodes)
+        nodes = {self.mirror.position[n]: n for n in self.mirror.graph.nodes}  # a derived node stands before the one at its place
         writes: dict[fx.Node, set[int]] = {}
         for at, storage in self.mirror.mutations:
             if nodes[at] in self.mirror.origin:
                 writes.setdefault(self.mirror.origin[nodes[at]], set()).add(storage)
         for writer, storages in writes.items():
-            if len(storages) == 1 and writer not in dead and not storages.isdisjoint(groups):
+            if len(storages) == 1 and writer not in dead and writer not in moved and not storages.isdisjoint(groups):
                 groups[next(iter(storages))].add(writer)
         return groups
+
+    def _moved(self) -> set[fx.Node]:
+        """What shared memory with the result of a site and shares that of the new one now."""
+        held = {self.mirror.storage.get(self.mirror.value[old]) for old in self.replaced} - {None}
+        moved, queue = set[fx.Node](), list(self.results)
+        while queue:
+            for user in queue.pop().users:
+                value = self.mirror.value.get(user)
+                if user not in moved and value is not None and self.mirror.storage.get(value) in held:
+                    moved.add(user)
+                    queue.append(user)
+        return moved
 
 
 def _with_ancestors(order: Sequence[fx.Node], chosen: set[fx.Node]) -> set[fx.Node]:

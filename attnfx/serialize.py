@@ -231,7 +231,9 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
     data["sink"] = None if site.sink is None else writer.add(site.sink)
     if site.literal is not None:
         data["literal"] = writer.add(site.literal)
-    if site.normaliser != "softmax":
+    if site.normaliser == "max":
+        data["normaliser"] = "max"
+    elif site.normaliser != "softmax":
         maps = [[m.kind, writer.add(m.formula)] for m in (site.query_map, site.key_map)]
         data["linear"] = [site.normaliser, writer.add(site.divisor), site.divisor_detached, *maps]
     return data
@@ -239,7 +241,7 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
 
 def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, *_EXPRESSIONS, "dtype", "fill", "dropout", "side", "sink"}
-    optional = {"linear", "literal"} & set(data) if isinstance(data, dict) else set()
+    optional = {"linear", "literal", "normaliser"} & set(data) if isinstance(data, dict) else set()
     fields(data, "site", known | optional)
     values: dict[str, Any] = {name: read_integer(data[name]) for name in _INTEGER_FIELDS}
     for name, types in _PLAIN.items():
@@ -256,6 +258,10 @@ def site_from_data(data: Json, reader: Reader) -> AttentionSite:
         values["literal"] = reader.get(data["literal"])
     values |= {name: reader.get(data[name]) for name in _EXPRESSIONS}
     values |= {name: float(read_number(data[name])) for name in ("fill", "dropout")}
+    if "normaliser" in optional:
+        if data["normaliser"] != "max" or "linear" in optional:
+            raise FormatError(f'normaliser is {data["normaliser"]!r}; known beside a linear one: "max"')
+        values["normaliser"] = "max"
     if "linear" in optional:
         values |= _linear(data["linear"], reader)
     return AttentionSite(**values)

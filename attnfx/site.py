@@ -63,10 +63,11 @@ class AttentionSite:
     float32; who replaces one of them forgets it. ``weight``: a finite factor of the probabilities after
     the softmax, in b, h, i and j, without :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator
     does not know it.
-    ``normaliser``: ``"softmax"``, or without one ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in which
-    :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
+    ``normaliser``: ``"softmax"``; ``"max"``, exponentials that only their row's largest divides (a constant to gradients), which
+    give their row sums and maxima too; or without exponentials ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in
+    which :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
     ``divisor_detached``: the model lets no gradient through it. Maps, divisor and normaliser belong together: with
-    ``"softmax"`` the first two are the identity.
+    ``"softmax"`` and ``"max"`` the first two are the identity.
     """
 
     batch: sympy.Expr
@@ -102,6 +103,11 @@ class AttentionSite:
         if "literal" not in changes and not changes.keys().isdisjoint(("score", "keep", "fill", "additive", "empty_rows")):
             changes["literal"] = None
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def exponential(self) -> bool:
+        """Whether the weights are exponentials of the scores, divided by their sum or not."""
+        return self.normaliser in ("softmax", "max")
 
     @property
     def ranges(self) -> Ranges:
@@ -170,7 +176,7 @@ class AttentionSite:
 
         ``sizes`` are the values of :attr:`symbols`. No dropout. The oracle of the tests.
         """
-        if self.normaliser != "softmax":
+        if not self.exponential:
             from attnfx import linear_reference
 
             return linear_reference.attention(self, q, k, v, loads, sizes)

@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent / "lowering"))
 from interpreter_script import half_fills
 from lowering_sites import SCALED, causal, examples, load, side, site, t5
 from sink_cases import examples as sink_examples
+from unnormalised_cases import examples as unnormalised_examples
 
 S0, S1 = sympy.symbols("s0 s1", integer=True, positive=True)
 
 
-@pytest.mark.parametrize("example", [*examples(), *sink_examples(), half_fills(37)], ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [*examples(), *sink_examples(), *unnormalised_examples(), half_fills(37)], ids=lambda e: e.name)
 def test_a_site_comes_back_equal(example: Any) -> None:
     writer = Writer()
     data = json.loads(json.dumps(site_to_data(example.site, writer)))

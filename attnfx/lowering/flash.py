@@ -107,10 +107,10 @@ def forward(
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
-    keys, values, tma = launch.streamed(k, v, launch.config.block_n)
+    queries, keys, values, _, tma = launch.streamed(q, k, v)
     with launch.device:
         run(
-            flash_forward, launch.row_grid, q, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
+            flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
             EVEN_N=launch.n % launch.config.block_n == 0, TMA=tma, **launch.switches,
@@ -147,20 +147,20 @@ def backward(
         return grads
     keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config)
     grad_q, grad_k, grad_v = grads
-    key_tiles, value_tiles, by_keys = rows.streamed(k, v, rows.config.block_n)
-    query_tiles, grad_tiles, by_rows = keys.streamed(q, grad_out, keys.config.block_m)
+    *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
+    *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
     with rows.device:
         stats = _statistics(rows, out, residuals, grad_out, grad_lse)
         run(
-            flash_query_gradient, rows.row_grid, q, key_tiles, value_tiles, grad_out, grad_q, stats, rows.seed, q.stride(),
+            flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, SCORE_GRAD=program.score_grad,
-            KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, TMA=by_keys, **rows.switches,
+            KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, TMA=rows_tma, **rows.switches,
         )  # fmt: skip
         run(
-            flash_key_gradient, keys.key_grid, query_tiles, k, v, grad_tiles, grad_k, grad_v, stats, keys.seed, q.stride(),
+            flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars,
             SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, EVEN_M=keys.m % keys.config.block_m == 0,
-            TMA=by_rows, **keys.switches,
+            TMA=keys_tma, **keys.switches,
         )  # fmt: skip
     return grads
 
@@ -311,13 +311,15 @@ class _Launch:
     def empty(self) -> bool:
         return 0 in (self.batch, self.heads, self.m, self.n)
 
-    def streamed(self, a: Tensor, b: Tensor, rows: int) -> tuple[Any, Any, bool]:
-        """Two tensors, the first of D, the second of DV columns, as a kernel walks over them in tiles of `rows`: tensor
-        descriptors, and True, where both can have one."""
-        target = recorded_target() or target_of(self.like.device)
-        if not (self.config.tma and serves(target, a) and serves(target, b)):
-            return a, b, False
-        return describe(a, rows, padded(self.d)), describe(b, rows, padded(self.dv)), True
+    def streamed(self, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None = None) -> tuple[Any, ...]:
+        """(q, k, v, grad_out, whether by descriptors): the tensors, or descriptors of their tiles where all can have one."""
+        target, c = recorded_target() or target_of(self.like.device), self.config
+        tensors = [x for x in (q, k, v, grad_out) if x is not None]
+        if not (c.tma and all(serves(target, x) for x in tensors)):
+            return q, k, v, grad_out, False
+        tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
+        described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
+        return *described, *([grad_out] if grad_out is None else []), True
 
     @property
     def row_grid(self) -> tuple[int]:

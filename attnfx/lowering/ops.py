@@ -1,7 +1,8 @@
 """The operators that attention becomes in a compiled graph: `attnfx::attention`, and `attnfx::flash` with its backward.
 
 `attention` is what a graph is given: it builds relative tables, draws the dropout seed and applies the sink with ordinary torch
-operations, which the compiler sees, and calls `flash`, which is opaque. `attention_lse` gives the LSE too. The plan travels as
+operations, which the compiler sees, and calls `flash`, which is opaque. `attention_lse` gives the LSE too,
+`attention_unnormalised` exponentials that are not divided, their sums and maxima. The plan travels as
 JSON text, so that a cached graph needs nothing else.
 """
 
@@ -26,6 +27,7 @@ _ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] s
 
 LIBRARY.define(f"attention({_ATTENTION}) -> Tensor")
 LIBRARY.define(f"attention_lse({_ATTENTION}) -> (Tensor out, Tensor lse)")
+LIBRARY.define(f"attention_unnormalised({_ATTENTION}) -> (Tensor out, Tensor sums, Tensor maxima)")
 LIBRARY.define(f"flash({_FLASH}) -> ({_RESULT})", tags=_TAGS)
 LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]", tags=_TAGS)
 
@@ -36,7 +38,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor]
     ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable in query, key, value and
     the side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
     """
-    return _attention(query, key, value, loads, sizes, plan, with_lse=False)[0]
+    return _attention(query, key, value, loads, sizes, plan)[0][0]
 
 
 def attention_lse(
@@ -46,12 +48,25 @@ def attention_lse(
 
     float32, for a float64 query float64; -inf for a row whose keys are all -inf and that has no sink. Gradients flow through both.
     """
-    return _attention(query, key, value, loads, sizes, plan, with_lse=True)
+    out, _ = _attention(query, key, value, loads, sizes, plan, with_lse=True)
+    return out
+
+
+def attention_unnormalised(
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_j exp(z_ij - m_i) v_j (B,H,M,DV), sum_j exp(z_ij - m_i) (B,H,M) and the row maxima m (B,H,M), for a plan of such a site.
+
+    The latter two are float32, for a float64 query float64. Gradients flow through the first two, m taken for a constant.
+    """
+    (out, _), results = _attention(query, key, value, loads, sizes, plan)
+    return outside.unnormalised(out, results)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, with_lse: bool
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, with_lse: bool = False
+) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
+    """(O, LSE) of the site, and what the kernel gave."""
     read = KernelPlan.from_json(plan)
     if len(loads) != read.given:
         raise ValueError(f"{len(loads)} side tensors were given; the plan has {read.given}")
@@ -62,8 +77,8 @@ def _attention(
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan)
     if read.has_outside:
-        return outside.applied(read, results, loads, values, with_lse)
-    return results[0], results[1]
+        return outside.applied(read, results, loads, values, with_lse), results
+    return (results[0], results[1]), results
 
 
 def _flash_cpu(
@@ -184,6 +199,7 @@ def _register() -> None:
 
     LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
     LIBRARY.impl("attention_lse", attention_lse, "CompositeImplicitAutograd")
+    LIBRARY.impl("attention_unnormalised", attention_unnormalised, "CompositeImplicitAutograd")
     LIBRARY.impl("flash", _flash_cpu, "CPU")
     LIBRARY.impl("flash", _flash_cuda, "CUDA")
     LIBRARY.impl("flash_backward", _backward_cpu, "CPU")
@@ -194,7 +210,7 @@ def _register() -> None:
     second, kept = transforms.second_derivative, transforms.keep_inputs
     torch.library.register_autograd("attnfx::flash_backward", second, setup_context=kept, lib=LIBRARY)
     torch.library.register_vmap("attnfx::attention", transforms.vmap_attention, lib=LIBRARY)
-    for name in ("attention_lse", "flash", "flash_backward"):
+    for name in ("attention_lse", "attention_unnormalised", "flash", "flash_backward"):
         torch.library.register_vmap(f"attnfx::{name}", mapped.looped(name), lib=LIBRARY)
 
 

@@ -74,6 +74,17 @@ def applied(
     return out, total
 
 
+def unnormalised(out: Tensor, kernel: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(out times the row sums, the row sums, the row maxima) of kernel results (out, lse, row_max, row_sum, ...).
+
+    d row_sum / d lse is row_sum while the maximum stands still; an infinite LSE, whose row is NaN in eager, is NaN here.
+    """
+    _, lse, row_max, row_sum, *_ = kernel
+    total = row_sum.abs() * (1.0 + (lse - lse.detach()))
+    maxima = row_max.masked_fill(row_sum.isnan() & row_max.isfinite(), math.nan)
+    return (out * total[..., None]).to(out.dtype), total, maxima
+
+
 def _margin(plan: KernelPlan, kernel: Sequence[Tensor], sink: Tensor) -> Tensor:
     """lse - sink; where rows keep their maximum and sum apart, as exact as these are: an LSE near finfo.min has lost its sum."""
     margin = kernel[1] - sink

@@ -214,8 +214,12 @@ def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
 
 def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
     found = list(site.uncomputable)
-    if site.normaliser != "softmax":
+    if not site.exponential:
         found.append(f'the normaliser is "{site.normaliser}"; a plan computes a softmax over keys.')
+    if site.normaliser == "max" and (site.sink is not None or site.empty_rows == "zero"):
+        found.append(
+            "exponentials that are not divided by their sum have a sink or rows of zeros; here such rows are those of eager."
+        )
     if family == "flash":
         for name, size in (("head_dim", site.head_dim), ("value dim", site.value_dim)):
             if not 1 <= size <= WIDEST:
@@ -287,6 +291,8 @@ def _numbered(site: AttentionSite) -> AttentionSite:
 
 def _needs_exact_rows(site: AttentionSite) -> bool:
     hidden = _may_hide_a_mask(site.score)
+    if site.normaliser == "max":
+        return True  # the row statistics are results
     if site.keep == expr.TRUE or (_gives_zero(site) and site.fill == -math.inf):
         return hidden
     facts = prove(site.keep, site.queries, site.keys, site.ranges)

@@ -64,7 +64,7 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     Raises NotImplementedError for an attention that drops at random, or whose LSE has a gradient.
     """
     plan = KernelPlan.from_json(ctx.plan)
-    if plan.site.dropout > 0.0 or ctx.with_lse:
+    if plan.site.dropout > 0.0 or ctx.with_lse or plan.site.normaliser != "softmax":
         what = "one with dropout" if plan.site.dropout > 0.0 else "one whose log-sum-exp is used"
         raise NotImplementedError(
             f"attnfx computes second derivatives of attention, but not of {what}; run the model without attnfx."

@@ -32,6 +32,8 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append(f"the scores or the mask load from {len(site.side)} side tensors; torch's fast kernels take none.")
     if site.sink is not None:
         found.append("the softmax has a sink; torch's attention has none.")
+    if site.normaliser != "softmax":
+        found.append("the exponentials are not divided by their sum; torch's attention divides.")
     if site.weight != ONE:
         found.append("the probabilities have a factor after the softmax; torch's attention takes none.")
     if site.keep != TRUE and facts.causal_offset != 0:

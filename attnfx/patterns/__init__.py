@@ -10,6 +10,7 @@ from torch import fx
 from attnfx.mirror import Mirror
 from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     flex,
+    joined,
     late_division,
     lift_gathers,
     lift_moves,
@@ -18,6 +19,7 @@ from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     linear,
     sdpa,
     softmax,
+    unnormalised,
 )
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.learned import Reading
@@ -30,8 +32,10 @@ from attnfx.patterns.near import NearMiss, closest, distinct
 _FINDERS: tuple[Callable[[Mirror], Iterator[Candidate | tuple[fx.Node, str]]], ...] = (
     sdpa.find,
     softmax.find,
+    joined.find,
     late_division.find,
     flex.find,
+    unnormalised.find,
 )
 
 
@@ -42,6 +46,9 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
     others: dict[fx.Node, fx.Node] = {}
     for finder in _FINDERS:
         for item in finder(mirror):
+            exponentials = item[0] if isinstance(item, tuple) else item.normaliser
+            if finder is unnormalised.find and any(exponentials in m.candidate.consumed for m in found):
+                continue  # divided further on
             if isinstance(item, tuple):
                 missed.append(NearMiss(item[0], finder.__module__.rsplit(".", 1)[-1], item[1]))
                 continue
@@ -62,7 +69,7 @@ def recognise(mirror: Mirror) -> tuple[list[Match], list[NearMiss]]:
 def _beside(found: Match, others: Mapping[fx.Node, fx.Node]) -> Match:
     """The match, with a product that is no attention named among those that read its probabilities (relative values)."""
     other = others.get(found.candidate.normaliser)
-    if other is None or found.candidate.also:
+    if other is None or found.candidate.also or other in found.candidate.consumed:
         return found
     return replace(found, candidate=replace(found.candidate, also=other.name))
 

@@ -48,6 +48,9 @@ class Candidate:
     ``values(lifter, index, t)``: where it reads the values. ``axis``: the normalised axis of the logits; ``length``: its size;
     ``summed``: the size of the axis that the values are summed over.
     ``also``: who else reads the probabilities, so that the model goes on computing them.
+    ``rows``: where nothing divides the exponentials, their row sums ("sum") and the row maxima that were taken off ("max"), as
+    far as the model reads them: the attention gives these too, where ``first`` of their readers stands before the output.
+    ``scores``: products that one new product stands for.
     """
 
     pattern: str
@@ -63,6 +66,9 @@ class Candidate:
     dropout: float = 0.0
     consumed: frozenset[fx.Node] = field(default_factory=frozenset)
     also: str = ""
+    rows: tuple[tuple[str, fx.Node], ...] = ()
+    first: fx.Node | None = None
+    scores: frozenset[fx.Node] = frozenset()
 
 
 #: A pattern: every candidate of a mirror, or for each look-alike the node and why it is none.

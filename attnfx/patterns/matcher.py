@@ -14,14 +14,15 @@ from attnfx import expr
 from attnfx.expr import Expr, Int, Load
 from attnfx.mirror import Mirror, descends, is_tensor, sizes
 from attnfx.patterns.added import place, summation, summed_with
-from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, through_scaling, understood
+from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, understood
 from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.learned import Learned, Reading, products
-from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
-from attnfx.patterns.probabilities import factor
+from attnfx.patterns.lift import Dot, Index, Lifter, Stale
+from attnfx.patterns.probabilities import Factor, factor
 from attnfx.patterns.program import ScoreFactor, canonical, narrowed, numbered, program, without_factors
-from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable
+from attnfx.patterns.unscaled import unscaled
+from attnfx.patterns.versions import Past, obtainable
 from attnfx.site import AttentionSite, SideTensor
 
 #: What scales the scores from outside, with its axes (none for a number).
@@ -38,6 +39,7 @@ class Match:
     them beforehand.
     ``further``: queries and keys of products that are added to the first one (multi-head latent attention keeps positions
     apart like that): the head_dim of the site is the sum of theirs.
+    ``rows``: the candidate's row sums and maxima with their axes.
     """
 
     site: AttentionSite
@@ -51,6 +53,7 @@ class Match:
     loads: tuple[Past, ...]
     factors: Factors = ()
     further: Further = ()
+    rows: tuple[tuple[str, Operand], ...] = ()
 
 
 def match(mirror: Mirror, candidate: Candidate, reading: Reading = "formula") -> Match:
@@ -240,11 +243,24 @@ class _Attempt:
             raise Refused("the axes of the result cannot be told apart")
         scale = 1.0
         if not further:
-            query, query_scale = self._unscaled(query)
-            key, key_scale = self._unscaled(key)
+            values = self.value[0][0].meta["val"].dtype
+            query, query_scale = unscaled(self.lifter, query, until, values)
+            key, key_scale = unscaled(self.lifter, key, until, values)
             scale = query_scale * key_scale
         site, loads, factors = self._site(layout, query, key, value, scale, further)
-        return Match(site, self.candidate, layout, self.extents, query, key, value, output, loads, factors, further)
+        rows = self._rows(alone)
+        return Match(site, self.candidate, layout, self.extents, query, key, value, output, loads, factors, further, rows)
+
+    def _rows(self, alone: frozenset[sympy.Symbol]) -> tuple[tuple[str, Operand], ...]:
+        """The row sums and maxima that the model reads, with their axes."""
+        axis, found = self.candidate.axis, []
+        for kind, node in self.candidate.rows:
+            kept = (Int(sympy.Integer(0)),) if len(sizes(node)) == len(self.weights) else ()
+            row = understood(node, (*self.weights[:axis], *kept, *self.weights[axis + 1 :]), self.extents, alone)
+            if row is None or self.sink is not None:
+                raise Refused(f"its row {kind} ({node.name}) is not that of the rows that meet the values")
+            found.append((kind, row))
+        return tuple(found)
 
     def _further(self, alone: frozenset[sympy.Symbol]) -> Further:
         """The operands of products that are added to the first one; () where the sum cannot be read as one product."""
@@ -280,38 +296,6 @@ class _Attempt:
         heads = [rest.pop()] if rest else []
         return Layout(tuple(rest), tuple(heads), tuple(groups), self.i, self.j, self.d, self.dv, tuple(self.beside))
 
-    def _unscaled(self, operand: Operand) -> tuple[Operand, float]:
-        """The operand before multiplications by numbers and widening casts, and the product of the numbers."""
-        scale = 1.0
-        while True:
-            node, scale_before = operand.node, scale
-            if self.lifter.severed(node) or operand.after is not node:
-                return operand, scale
-            if (
-                (found := through_scaling(node)) is not None
-                and sizes(found[0]) == sizes(node)
-                and found[0].meta["val"].dtype == node.meta["val"].dtype
-            ):
-                older, scale = found[0], scale * found[1]
-            elif operation(node) in ("aten.to", "aten._to_copy") and self._widens(node):
-                older = node.args[0]  # type: ignore[assignment]
-            else:
-                return operand, scale
-            past = as_read(self.mirror, older, node)
-            hidden = hidden_by(self.mirror, past, self.candidate.output)
-            if hidden is not None or not obtainable(self.mirror, past, self.candidate.output):
-                return operand, scale_before
-            operand = Operand(older, operand.axes, past.after)
-
-    def _widens(self, node: fx.Node) -> bool:
-        """A cast of halves to float32 whose result is only multiplied: the products are the same without it, where
-        values are halves too."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        value = self.value[0][0].meta["val"].dtype
-        same = source.meta["val"].device == node.meta["val"].device
-        return same and bool(source.meta["val"].dtype == value) and value.itemsize == 2 and node.meta["val"].dtype == torch.float32
-
     def _site(
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float, further: Further
     ) -> tuple[AttentionSite, tuple[Past, ...], Factors]:
@@ -325,6 +309,8 @@ class _Attempt:
         z, outside = without_factors(z, self._learned, self.i, self.j)
         factors = tuple((f, self._factor_operand(f)) for f in outside)
         found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
+        if self.candidate.rows and found != Factor():
+            raise Refused("its exponentials are changed on the way to the values, and their row sums are not")
         dropped = self._dropped()
         made = program(
             canonical(z, layout, self.extents), None if dropped is None else canonical(dropped, layout, self.extents),
@@ -336,7 +322,7 @@ class _Attempt:
         score, keep, weight = *formulas[:2], formulas[2 + len(sink)]
         if any(descends(past.node, self.candidate.normaliser) for past in loads):
             raise Refused("its probabilities are multiplied by something that is computed from them")
-        if any(descends(past.node, self.dot) for past in loads):
+        if any(descends(past.node, dot) for past in loads for dot in (self.dot, *self.candidate.scores)):
             raise Refused("its scores are changed by something that is computed from all of them")
         tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
         computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
@@ -355,7 +341,7 @@ class _Attempt:
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=formulas[2] if sink else None,
             literal=formulas[-1] if literal else None,
             side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),
-            requires_grad=grad,
+            requires_grad=grad, normaliser="max" if self.candidate.rows else "softmax",
             ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
         )  # fmt: skip
         return site, tuple(loads), factors

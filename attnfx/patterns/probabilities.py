@@ -6,6 +6,7 @@ by gates. The way is read as an expression like everything else, and taken apart
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +35,12 @@ class Course:
     dropout: float
 
 
-def course(mirror: Mirror, normaliser: fx.Node) -> Course:
-    """Follow the probabilities of ``normaliser`` through everything that a formula can hold."""
+def course(mirror: Mirror, normaliser: fx.Node, apart: Collection[fx.Node] = ()) -> Course:
+    """Follow the probabilities of ``normaliser`` through everything that a formula can hold, but not through ``apart``."""
     reached, ends, queue = {normaliser: None}, dict[fx.Node, None](), [normaliser]
     while queue:
         for user in queue.pop(0).users:
-            if user in reached or user in ends:
+            if user in reached or user in ends or user in apart:
                 continue
             if contraction(user) is not None:
                 ends[user] = None

@@ -56,7 +56,7 @@ def _of_logarithm(source: fx.Node) -> tuple[fx.Node, int] | None:
     if operation(source) == "aten.sub" and source.kwargs.get("alpha", 1) == 1:
         logits, total = source.args[:2]
         for axis in range(len(sizes(source))):
-            if isinstance(logits, fx.Node) and _row_value(total, logits, axis, ("aten.logsumexp",)):
+            if isinstance(logits, fx.Node) and row_value(total, logits, axis, ("aten.logsumexp",)):
                 return logits, axis
     return None
 
@@ -90,20 +90,27 @@ def _written_out(weights: fx.Node, total: fx.Node) -> tuple[fx.Node, int] | None
 
 def _row_maximum(top: object, source: fx.Node, axis: int) -> bool:
     """Whether ``top`` is the maximum of ``source`` along ``axis``, or another number near it that a softmax may take off."""
-    return _row_value(top, source, axis, ("aten.amax", "aten.max", "aten.logsumexp"))
+    return row_value(top, source, axis, ("aten.amax", "aten.max", "aten.logsumexp"))
 
 
-def _row_value(top: object, source: fx.Node, axis: int, names: tuple[str, ...]) -> bool:
+def row_value(top: object, source: fx.Node, axis: int, names: tuple[str, ...]) -> bool:
+    """Whether ``top`` is what one of the operations ``names`` gives for ``source`` along ``axis``, as an axis of size one."""
     rank, kept = len(sizes(source)), False
     while isinstance(top, fx.Node) and operation(top) in ("aten.detach", "_operator.getitem", "aten.unsqueeze"):
         if operation(top) == "aten.unsqueeze":
             kept = int(argument(top, 1, "dim")) % rank == axis
         top = top.args[0]
-    if not isinstance(top, fx.Node) or operation(top) not in names or top.args[0] is not source:
+    if not isinstance(top, fx.Node) or operation(top) not in names or _attached(top.args[0]) is not source:
         return False
     dims = argument(top, 1, "dim")
     given = [dims] if isinstance(dims, int) else list(dims or ())
     return [int(d) % rank for d in given] == [axis] and kept != bool(argument(top, 2, "keepdim", False))
+
+
+def _attached(source: object) -> object:
+    while isinstance(source, fx.Node) and operation(source) == "aten.detach":
+        source = source.args[0]
+    return source
 
 
 def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Iterator[Candidate | tuple[fx.Node, str]]:

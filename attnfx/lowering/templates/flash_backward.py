@@ -6,7 +6,7 @@ import triton.language as tl
 
 from attnfx.lowering.templates.gradient import gradient_range, logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
-from attnfx.lowering.templates.tiles import head_base, load_tile, probability_factor, row_pointers, tile_start
+from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start
 
 
 @triton.jit(do_not_specialize=["heads", "M"])
@@ -109,10 +109,10 @@ def flash_query_gradient(
     dv_ok = (offs_dv < DV)[None, :]
 
     # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV]; key and value pointers [BLOCK_D or BLOCK_DV, BLOCK_N]
-    q_pointers = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
-    q_tile = load_tile(q_pointers, row_ok, d_ok, True, D != BLOCK_D)
-    grad_pointers = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
-    grad_tile = load_tile(grad_pointers, row_ok, dv_ok, True, DV != BLOCK_DV)
+    queries = row_stream(q, q_strides, b, h, tl.arange(0, BLOCK_M), offs_d, TMA)
+    q_tile = row_tile(queries, tile * BLOCK_M, row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    grads = row_stream(grad_o, grad_o_strides, b, h, tl.arange(0, BLOCK_M), offs_dv, TMA)
+    grad_tile = row_tile(grads, tile * BLOCK_M, row_ok, dv_ok, True, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
     keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
     values = column_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
     lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
@@ -274,10 +274,10 @@ def flash_key_gradient(
     d_ok = (offs_d < D)[None, :]
     dv_ok = (offs_dv < DV)[None, :]
     # k_tile [BLOCK_N, BLOCK_D], v_tile [BLOCK_N, BLOCK_DV]
-    k_pointers = row_pointers(head_base(k, k_strides, b, hk), k_strides, offs_n, offs_d)
-    k_tile = load_tile(k_pointers, key_ok, d_ok, True, D != BLOCK_D)
-    v_pointers = row_pointers(head_base(v, v_strides, b, hk), v_strides, offs_n, offs_dv)
-    v_tile = load_tile(v_pointers, key_ok, dv_ok, True, DV != BLOCK_DV)
+    keys = row_stream(k, k_strides, b, hk, tl.arange(0, BLOCK_N), offs_d, TMA)
+    k_tile = row_tile(keys, tile * BLOCK_N, key_ok, d_ok, True, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+    values = row_stream(v, v_strides, b, hk, tl.arange(0, BLOCK_N), offs_dv, TMA)
+    v_tile = row_tile(values, tile * BLOCK_N, key_ok, dv_ok, True, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
 
     j_first = tile * BLOCK_N
     j_last = tl.minimum(j_first + BLOCK_N, N) - 1

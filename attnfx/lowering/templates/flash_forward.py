@@ -9,7 +9,6 @@ from attnfx.lowering.templates.tiles import (
     LN2,
     LOG2E,
     head_base,
-    load_tile,
     probability_factor,
     row_pointers,
     tile_start,
@@ -92,8 +91,8 @@ def flash_forward(
     dv_ok = (offs_dv < DV)[None, :]
 
     # q_tile [BLOCK_M, BLOCK_D]; tiles of keys [BLOCK_D, BLOCK_N], of values [BLOCK_N, BLOCK_DV]
-    q_pointers = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
-    q_tile = load_tile(q_pointers, row_ok, d_ok, True, D != BLOCK_D)
+    queries = row_stream(q, q_strides, b, h, tl.arange(0, BLOCK_M), offs_d, TMA)
+    q_tile = row_tile(queries, tile * BLOCK_M, row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
     keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
     values = row_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
 
