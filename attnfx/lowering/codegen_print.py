@@ -27,8 +27,6 @@ _FUNCTION = {
     "abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "sin": "tl.sin",
     "cos": "tl.cos", "floor": "tl.floor", "tanh": "tanh", "sigmoid": "sigmoid", "min": "tl.minimum", "max": "tl.maximum",
 }  # fmt: skip
-#: What `gathered` reads: a table or bias whose place depends on query and key.
-_READ_DIRECTLY = (torch.float32, torch.bfloat16, torch.float16)
 #: The functions of templates/arithmetic.py that a body may call.
 HELPERS = ("float_modulo", "floor_divide", "floor_modulo", "gathered", "rounded", "sigmoid", "tanh", "to_base_2")
 
@@ -179,8 +177,7 @@ class Body:
         for axis, index in enumerate(e.indices):
             if not expr.is_number(index, 0):
                 terms.append(f"tl.cast({_bare(self.text(index))}, tl.int64) * ints[{first + axis}]")
-        scattered = e.dtype in _READ_DIRECTLY and expr.depends_on(e, "i") and expr.depends_on(e, "j")
-        text = f"{'gathered' if scattered else 'tl.load'}({' + '.join(terms)})"
+        text = f"{'gathered' if _scattered(e) else 'tl.load'}({' + '.join(terms)})"
         if e.dtype == torch.bool:
             return f"({text} != 0)"
         return f"tl.cast({text}, tl.float32)" if e.dtype.is_floating_point else text
@@ -221,6 +218,13 @@ class Body:
             negative = term.could_extract_minus_sign()
             text += f" {'-' if negative else '+'} {self._integer(-term if negative else term, wide)}"
         return f"({text})"
+
+
+def _scattered(e: Load) -> bool:
+    """Whether a tile of floats is read from places that are not runs of keys, as a table of distances is."""
+    if e.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not e.indices:
+        return False
+    return expr.depends_on(e, "i") and expr.depends_on(e, "j") and e.indices[-1] != expr.index("j")
 
 
 def _constant_factor(e: Expr) -> tuple[Expr, float] | None:

@@ -1,8 +1,9 @@
 """Default block sizes, warps and pipeline stages: what to run before, or without, any tuning.
 
-The entries are the first of a list, from fast to frugal, that compile without spills for the heaviest sample program
-(dense relative bias, mask, exact rows; `attnfx/lowering/crosscompile.py`). Lighter programs may well run faster with
-larger tiles: that is for tuning to find.
+Half precision on sm90 is measured on an H200, over plain, causal and masked attention with and without a table of distances; where
+a few registers that spill cost less than a smaller tile, `Config.spills` says how much may. The other entries are the first of
+a list, from fast to frugal, that compile without spills for the heaviest sample program (dense relative bias, mask, exact
+rows; `attnfx/lowering/crosscompile.py`).
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ SHARED_LIMIT = {
 @dataclass(frozen=True)
 class Config:
     """Tile rows of queries (`block_m`) and keys (`block_n`), warps a block, and stages of the software pipeline; `tma`: tiles are
-    read by tensor descriptors where that is possible."""
+    read by tensor descriptors where that is possible; `spills`: bytes a thread that may spill, measured to be worth it."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     tma: bool = True
+    spills: int = 0
 
 
-# for padded head dimensions up to 64, up to 128, up to 256
-Widths = tuple[Config, Config, Config]
+# for padded head dimensions up to 32, up to 64, up to 128, up to 256
+Widths = tuple[Config, Config, Config, Config]
 
 
 @dataclass(frozen=True)
@@ -56,55 +58,57 @@ class Table:
 # float16 and bfloat16
 HALF: dict[str, Table] = {
     "sm90": Table(
-        forward=(Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-        query_gradient=(Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
-        key_gradient=(Config(32, 128, 8, 2), Config(16, 64, 8, 2), Config(32, 32, 8, 1)),
-        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+        forward=(Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 32, 8, 2)),
+        query_gradient=(Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3, spills=64), Config(64, 32, 8, 2)),
+        key_gradient=(Config(32, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 2, spills=320), Config(32, 32, 8, 1, tma=False)),
+        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     ),
     "sm80": Table(
-        forward=(Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        query_gradient=(Config(64, 32, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        key_gradient=(Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
-        bias=(Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
+        forward=(Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        query_gradient=(Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        key_gradient=(Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 32, 8, 1)),
+        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
     ),
     "sm100": Table(
-        forward=(Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        query_gradient=(Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
-        key_gradient=(Config(32, 128, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-        bias=(Config(64, 64, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        forward=(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        query_gradient=(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        key_gradient=(Config(32, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     ),
     "gfx942": Table(
-        forward=(Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
-        query_gradient=(Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
-        key_gradient=(Config(32, 64, 4, 2), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
-        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+        forward=(Config(128, 64, 4, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+        query_gradient=(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
+        key_gradient=(Config(32, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
+        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     ),
 }
+#: Forward in half precision where nothing is masked, by padded head dimension.
+OPEN: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 64, 4, 2, spills=256)}}
 # float32
 FULL: dict[str, Table] = {
     "sm90": Table(
-        forward=(Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
-        query_gradient=(Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(32, 16, 8, 1)),
-        key_gradient=(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
-        bias=(Config(32, 32, 4, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+        forward=(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
+        query_gradient=(Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+        key_gradient=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+        bias=(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     ),
     "sm80": Table(
-        forward=(Config(32, 32, 4, 2), Config(64, 32, 8, 2), Config(16, 16, 8, 2)),
-        query_gradient=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 1)),
-        key_gradient=(Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 1)),
-        bias=(Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
+        forward=(Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 8, 2), Config(16, 16, 8, 2)),
+        query_gradient=(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 16, 8, 1)),
+        key_gradient=(Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 1)),
+        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
     ),
     "sm100": Table(
-        forward=(Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
-        query_gradient=(Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1)),
-        key_gradient=(Config(16, 32, 4, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1)),
-        bias=(Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
+        forward=(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 8, 2), Config(16, 16, 8, 2)),
+        query_gradient=(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 2), Config(32, 16, 8, 1)),
+        key_gradient=(Config(16, 32, 4, 1), Config(16, 32, 4, 1), Config(32, 32, 8, 2), Config(16, 32, 8, 1)),
+        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
     ),
     "gfx942": Table(
-        forward=(Config(64, 32, 8, 2), Config(32, 16, 4, 1), Config(32, 16, 8, 1)),
-        query_gradient=(Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
-        key_gradient=(Config(32, 32, 4, 1), Config(16, 32, 8, 1), Config(16, 16, 4, 1)),
-        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        forward=(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 4, 1), Config(32, 16, 8, 1)),
+        query_gradient=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
+        key_gradient=(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1), Config(16, 16, 4, 1)),
+        bias=(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
     ),
 }
 
@@ -132,7 +136,12 @@ def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, t
     table = (FULL if dtype == torch.float32 else HALF)[known]
     widths: Widths = table.bias if kernel.endswith("bias") else getattr(table, kernel)
     width = max(padded(head_dim), padded(value_dim))
-    return widths[0 if width <= 64 else 1 if width <= 128 else 2]
+    return widths[0 if width <= 32 else 1 if width <= 64 else 2 if width <= 128 else 3]
+
+
+def opened(config: Config, head_dim: int, value_dim: int, target: str) -> Config:
+    """What runs forward in place of `config`, a default in half precision, where nothing is masked."""
+    return OPEN.get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
 
 
 def relieved(config: Config) -> Config:

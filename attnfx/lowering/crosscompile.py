@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 import triton
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnfx.lowering import launch
-from attnfx.lowering.configs import SHARED_LIMIT
+from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, Program, Residuals, backward, bias_gradient, forward
 from attnfx.lowering.templates import samples
@@ -50,8 +50,8 @@ SPILL_FREE = frozenset(["sm90"])
 @dataclass(frozen=True)
 class Row:
     """One kernel on one target. `spills` and `shared` are bytes (spills a thread), `limit` the target's shared memory;
-    `error` is the compiler's message where it failed, and `ok` says no error, that it fits, and on the targets of
-    SPILL_FREE that nothing spills."""
+    `allowed` is what may spill: some configurations were measured to be the fastest although they do; `error` is the compiler's
+    message where it failed, and `ok` says no error, that it fits, and on the targets of SPILL_FREE that no more spills."""
 
     template: str
     program: str
@@ -62,11 +62,12 @@ class Row:
     spills: int
     shared: int
     limit: int
+    allowed: int = 0
     error: str = ""
 
     @property
     def ok(self) -> bool:
-        spilled = self.spills > 0 and self.target in SPILL_FREE
+        spilled = self.spills > self.allowed and self.target in SPILL_FREE
         return not self.error and not spilled and self.shared <= self.limit
 
 
@@ -134,10 +135,21 @@ def compile_job(job: Job) -> list[Row]:
         place = (name, job.program, str(job.dtype).removeprefix("torch."), job.head_dim, job.target)
         limit = SHARED_LIMIT[job.target]
         try:
-            rows.append(Row(*place, *_measure(call, job.target), limit))
+            rows.append(Row(*place, *_measure(call, job.target), limit, _allowed(name, job)))
         except Exception as failure:  # a template that does not compile is a row of the report, not its end
-            rows.append(Row(*place, 0, 0, 0, limit, _reason(failure)))
+            rows.append(Row(*place, 0, 0, 0, limit, error=_reason(failure)))
     return rows
+
+
+def _allowed(kernel: str, job: Job) -> int:
+    """Bytes that the default configuration of a kernel may spill."""
+    if kernel not in get_args(Kernel):
+        return 0
+    width = job.head_dim
+    usual = default(cast(Kernel, kernel), job.dtype, width, width, job.target)
+    if kernel == "forward" and PROGRAMS[job.program].keep is None and job.dtype != torch.float32:
+        usual = opened(usual, width, width, job.target)
+    return usual.spills
 
 
 def _reason(failure: BaseException) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode
-from attnfx.lowering.configs import Config, Kernel, default, fitted, padded, relieved, target_of
+from attnfx.lowering.configs import Config, Kernel, default, fitted, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
@@ -113,7 +113,7 @@ def forward(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            EVEN_N=launch.n % launch.config.block_n == 0, TMA=tma, **launch.switches,
+            TMA=tma, **launch.even, **launch.switches,
         )  # fmt: skip
     return out, residuals
 
@@ -154,13 +154,12 @@ def backward(
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, SCORE_GRAD=program.score_grad,
-            KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, TMA=rows_tma, **rows.switches,
+            KV_RANGE=program.kv_range, TMA=rows_tma, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars,
-            SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, EVEN_M=keys.m % keys.config.block_m == 0,
-            TMA=keys_tma, **keys.switches,
+            SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
 
@@ -277,7 +276,10 @@ class _Launch:
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
         group = heads // max(k.shape[1], 1)
         exact = program.exact_rows
-        usual = default(kernel, q.dtype, d, dv, recorded_target() or target_of(q.device))
+        target = recorded_target() or target_of(q.device)
+        usual = default(kernel, q.dtype, d, dv, target)
+        if kernel == "forward" and program.keep is None and dropout_p == 0.0 and q.dtype != torch.float32:
+            usual = opened(usual, d, dv, target)
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
@@ -320,6 +322,11 @@ class _Launch:
         tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
         described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
         return *described, *([grad_out] if grad_out is None else []), True
+
+    @property
+    def even(self) -> dict[str, bool]:
+        """Whether tiles end where the queries and the keys end."""
+        return {"EVEN_M": self.m % self.config.block_m == 0, "EVEN_N": self.n % self.config.block_n == 0}
 
     @property
     def row_grid(self) -> tuple[int]:

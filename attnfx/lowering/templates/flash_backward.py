@@ -6,7 +6,7 @@ import triton.language as tl
 
 from attnfx.lowering.templates.gradient import gradient_range, logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
-from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start
+from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start, within
 
 
 @triton.jit(do_not_specialize=["heads", "M"])
@@ -75,6 +75,7 @@ def flash_query_gradient(
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,7 +104,7 @@ def flash_query_gradient(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    i = tl.minimum(offs_m, M - 1)[:, None]
+    i = within(offs_m, M, EVEN_M)[:, None]
     row_ok = (offs_m < M)[:, None]
     d_ok = (offs_d < D)[None, :]
     dv_ok = (offs_dv < DV)[None, :]
@@ -246,6 +247,7 @@ def flash_key_gradient(
     D: tl.constexpr,
     DV: tl.constexpr,
     EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -269,7 +271,7 @@ def flash_key_gradient(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    j = tl.minimum(offs_n, N - 1)[:, None]
+    j = within(offs_n, N, EVEN_N)[:, None]
     key_ok = (offs_n < N)[:, None]
     d_ok = (offs_d < D)[None, :]
     dv_ok = (offs_dv < DV)[None, :]

@@ -13,6 +13,7 @@ from attnfx.lowering.templates.tiles import (
     row_pointers,
     tile_start,
     visited_range,
+    within,
 )
 
 
@@ -52,6 +53,7 @@ def flash_forward(
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,7 +87,7 @@ def flash_forward(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    i = tl.minimum(offs_m, M - 1)[:, None]
+    i = within(offs_m, M, EVEN_M)[:, None]
     row_ok = (offs_m < M)[:, None]
     d_ok = (offs_d < D)[None, :]
     dv_ok = (offs_dv < DV)[None, :]

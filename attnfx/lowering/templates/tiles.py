@@ -39,6 +39,12 @@ def load_tile(pointers, row_ok, dim_ok, MASK_ROWS: tl.constexpr, MASK_DIM: tl.co
 
 
 @triton.jit
+def within(offsets, limit, EVEN: tl.constexpr):
+    """Positions of a tile, those beyond the end as the last one; EVEN: there are none, and addresses stay sums of constants."""
+    return offsets if EVEN else tl.minimum(offsets, limit - 1)
+
+
+@triton.jit
 def clamp(value, limit):
     """`value` as int32 within [0, limit]; ranges may come in any integer type, negative or beyond the end."""
     return tl.maximum(tl.minimum(value, limit), 0).to(tl.int32)
