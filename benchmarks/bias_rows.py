@@ -63,34 +63,35 @@ def _flex(score: Callable[..., Tensor] | None = None, mask: Callable[..., Tensor
     return lambda q, k, v, *_: call(q, k, v, score_mod=score, block_mask=blocks)  # type: ignore[return-value]
 
 
-def alibi(causal: bool, device: str, quick: bool) -> Case:
-    """ALiBi, one slope a head: symmetric in encoders (-slope * |i - j|), slope * (j - i) under a causal mask."""
+def alibi(kind: str, device: str, quick: bool) -> Case:
+    """ALiBi, one slope a head: slope * (j - i), alone ("full") or under a causal mask ("causal"), added in float32 as the slopes
+    are; and -slope * |i - j| as encoders have it, rounded to the model's bfloat16 ("symmetric")."""
     batch, heads, length, width = _sizes(quick)
     q, k, v = _qkv(device, batch, heads, length, width)
     slopes = 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device, dtype=torch.float32))
 
-    def eager(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        at = torch.arange(q.shape[2], device=q.device)
+    def bias(slopes: Tensor) -> Tensor:
+        at = torch.arange(length, device=device)
         away = at[None, :] - at[:, None]
-        scores = q @ k.transpose(-1, -2) * width**-0.5
-        if causal:
-            scores = scores + (slopes[:, None, None] * away).to(q.dtype)
-            scores = scores.masked_fill(away > 0, float("-inf"))
-        else:
-            scores = scores + (-slopes[:, None, None] * away.abs()).to(q.dtype)
+        return (-slopes[:, None, None] * away.abs()).to(q.dtype) if kind == "symmetric" else slopes[:, None, None] * away
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * width**-0.5 + bias(slopes)
+        if kind == "causal":
+            at = torch.arange(length, device=device)
+            scores = scores.masked_fill(at[None, :] > at[:, None], float("-inf"))
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
 
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return s + slopes[h] * (j - i) if causal else s - slopes[h] * (i - j).abs()
+        return s - slopes[h] * (i - j).abs() if kind == "symmetric" else s + slopes[h] * (j - i)
 
-    at = torch.arange(length, device=device)
-    away = at[None, :] - at[:, None]
-    bias = slopes[:, None, None] * (away if causal else -away.abs())
-    dense = (bias.masked_fill(away > 0, float("-inf")) if causal else bias)[None].to(torch.bfloat16)
-    flex = partial(_flex, score, (lambda b, h, i, j: i >= j) if causal else None, length)
+    dense = bias(slopes)[None].to(torch.bfloat16)
+    if kind == "causal":
+        dense = dense.masked_fill(torch.ones(length, length, dtype=torch.bool, device=device).triu(1), float("-inf"))
+    flex = partial(_flex, score, (lambda b, h, i, j: i >= j) if kind == "causal" else None, length)
     return Case((q, k, v, slopes), eager, flex, sdpa)
 
 
@@ -230,10 +231,11 @@ def documents(length: int, device: str, quick: bool) -> Case:
 
 
 ROWS = (
-    Row("alibi-full", partial(alibi, False), targets={"flex": 1.2, "sdpa": 1.8}),
-    Row("alibi-full-backward", partial(alibi, False), backward=True, targets={"flex": 1.2}),
-    Row("alibi-causal", partial(alibi, True)),
-    Row("alibi-causal-backward", partial(alibi, True), backward=True),
+    Row("alibi-full", partial(alibi, "full"), targets={"flex": 1.2, "sdpa": 1.8}),
+    Row("alibi-full-backward", partial(alibi, "full"), backward=True, targets={"flex": 1.2}),
+    Row("alibi-causal", partial(alibi, "causal")),
+    Row("alibi-causal-backward", partial(alibi, "causal"), backward=True),
+    Row("alibi-symmetric", partial(alibi, "symmetric")),
     Row("table", relative_table, targets={"flex": 2.2}),
     Row("table-backward", relative_table, backward=True, targets={"flex": 1.2}),
     Row("triangle", triangle, targets={"flex": 1.4, "sdpa": 2.5, "compiled": 8.0}),
