@@ -13,7 +13,7 @@ from attnfx.testing import Program, Unspellable, check, programs, seeded_program
 from attnfx.testing.__main__ import main, summary
 from attnfx.testing.bulk import Tally, examine, kind_of, many, program_of, runnable
 from attnfx.testing.choices import choose_program
-from attnfx.testing.judge import Results, difference, known_nan, load
+from attnfx.testing.judge import Results, difference, known_nan, load, movement, run
 from attnfx.testing.mutations import MUTATIONS
 from attnfx.testing.program import Bias, Mask, Output, Scale, Scores, Sizes, Softmax
 from attnfx.testing.tracing import record
@@ -142,6 +142,28 @@ def test_an_overflow_of_eager_is_judged_by_the_truth_alone() -> None:
     for wrong in ([0.26, 0.5, nan], [nan, nan, nan], [0.25, 0.51, nan], [0.25, 0.5, 0.5]):
         off = Results((torch.tensor(wrong),), exact.gradients)
         assert difference(off, own, exact, 2e-5, overflows=True), wrong
+
+
+def test_what_hangs_on_the_last_bit_may_be_as_far_off() -> None:
+    """A softmax between scores in the hundreds moves by far more than the tolerance with the last bit of its inputs."""
+
+    def function(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT * 300).softmax(-1) @ k
+
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(4, 8, dtype=torch.float64, requires_grad=True) for name in ("q", "k")}
+    truth = run(function, inputs)
+    moved = movement(function, inputs, truth, "float32")
+    assert set(moved) == {"output 0", "gradient of q", "gradient of k"}
+    assert 0 < moved["output 0"] < 1e-3
+
+    def off(factor: float) -> Results:
+        return Results((truth.outputs[0] + factor * moved["output 0"],), truth.gradients)
+
+    strict = 1e-3 * moved["output 0"]
+    assert difference(off(3), truth, truth, strict)
+    assert not difference(off(3), truth, truth, strict, moved=moved)
+    assert difference(off(5), truth, truth, strict, moved=moved)
 
 
 def test_only_known_nan_are_left_open() -> None:
