@@ -21,7 +21,9 @@ Value = torch.Tensor | int | float | bool
 _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt, "tanh": torch.tanh, "sin": torch.sin, "cos": torch.cos, "floor": torch.floor, "sigmoid": torch.sigmoid,
-    "not": torch.logical_not, "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.true_divide,
+    "log2": torch.log2, "log1p": torch.log1p, "erf": torch.erf, "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round,
+    "bitand": torch.bitwise_and, "bitor": torch.bitwise_or, "bitxor": torch.bitwise_xor, "not": torch.logical_not,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.true_divide,
     "floordiv": torch.floor_divide, "mod": torch.remainder, "pow": torch.pow, "min": torch.minimum, "max": torch.maximum,
     "xor": torch.logical_xor, "lt": torch.lt, "le": torch.le, "eq": torch.eq, "ne": torch.ne,
 }  # fmt: skip
@@ -88,6 +90,10 @@ def evaluate(
                 total = join(total, a)
             return total
         if node.dtype.is_floating_point and node.op not in expr.COMPARE:
+            half = real(node.dtype).itemsize < 4
+            if half and any(a.dtype == torch.float32 for a in args):
+                # a Python number beside halves: torch computes such a step in float32 and rounds its result
+                return _FUNCTIONS[node.op](*(a.float() for a in args)).to(real(node.dtype))
             args = [a.to(real(node.dtype)) for a in args]
         return _FUNCTIONS[node.op](*args)
 
