@@ -89,6 +89,13 @@ def evaluate(
             for a in args[1:]:
                 total = join(total, a)
             return total
+        if node.op == "pow" and node.dtype.is_floating_point:
+            # torch knows 2.0, 0.5 and the like only as Python numbers
+            base, exponent = (_python_number(x) for x in node.args)
+            if exponent is not None and base is None:
+                return torch.pow(args[0].to(real(node.dtype)), exponent)
+            if base is not None and exponent is None:
+                return torch.pow(base, args[1].to(real(node.dtype)))
         if node.dtype.is_floating_point and node.op not in expr.COMPARE:
             half = real(node.dtype).itemsize < 4
             if half and any(a.dtype == torch.float32 for a in args):
@@ -107,6 +114,12 @@ def _discrete(e: Expr) -> bool:
     if not isinstance(e, Call) or e.dtype.is_floating_point or not any(a.dtype.is_floating_point for a in e.args):
         return False
     return not any(isinstance(n, Score) for n in expr.walk(e))
+
+
+def _python_number(e: Expr) -> float | None:
+    if isinstance(e, Const):
+        return float(e.value)
+    return float(int(e.value)) if isinstance(e, Int) and e.value.is_Integer else None
 
 
 def _tensor(value: Value, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -61,6 +61,8 @@ class Body:
         self.uses: Counter[Expr] = Counter()
         #: Quotients that a step behind them makes whole numbers of: their last bit decides which.
         self.precise: set[Expr] = set()
+        #: The names of further integers.
+        self.positions: Mapping[sympy.Symbol, str] = {}
         #: Whether steps of the scores round to their own dtypes, too.
         self.typed = False
 
@@ -219,7 +221,7 @@ class Body:
         if e.is_Integer:
             return str(int(e)) if e >= 0 else f"({int(e)})"
         if e.is_Symbol:
-            name = e.name if e in INDEX.values() else f"ints[{self.numbers[e]}]"
+            name = e.name if e in INDEX.values() else self.positions.get(e) or f"ints[{self.numbers[e]}]"
             return f"tl.cast({name}, tl.int64)" if wide else name
         args = [self._integer(a, wide) for a in e.args]
         if isinstance(e, FloorDiv | Mod | PythonMod):
