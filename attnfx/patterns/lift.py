@@ -237,13 +237,13 @@ class Lifter:
     def worth_loading(self, found: Expr, index: Index) -> bool:
         """Whether an element is better loaded from the model's own tensor than computed by its formula ``found``."""
         # A tensor without both i and j is small and already computed by the model: loading it is exact and cheap.
-        # Integer formulas without loads stay formulas, since facts are proved from them.
+        # Integer formulas without loads stay formulas, since facts are proved from them, and so do they as floats.
         if self.inner is None or any(isinstance(n, Load) and isinstance(n.slot, Dot) for n in expr.walk(found)):
             return False
         used = frozenset().union(*(expr.symbols(x) for x in index)) if index else frozenset()
         if all(s in used for s in self.inner):
             return False
-        return any(isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found))
+        return any(isinstance(n, Load) or _rounds(n) for n in expr.walk(found))
 
     def literal(self, value: Any) -> Expr:
         """A Python number, not rounded yet: the operation that reads it decides its dtype."""
@@ -306,6 +306,12 @@ class Lifter:
         aligned = index[len(index) - len(shape) :]
         picked = tuple(expr.integer(0) if size == 1 else at for size, at in zip(shape, aligned, strict=True))
         return self.element(operand, picked)
+
+
+def _rounds(e: Expr) -> bool:
+    """Whether ``e`` is a step in floating point, other than a whole number read as a float."""
+    whole = isinstance(e, expr.Call) and e.op == "cast" and not e.args[0].dtype.is_floating_point
+    return isinstance(e, expr.Call) and e.dtype.is_floating_point and not whole
 
 
 class Stale(Exception):

@@ -268,6 +268,13 @@ def _mesh(lifter: Lifter, source: fx.Node, which: int, index: Index) -> Expr | N
     return grid(lifter, source, which, index)
 
 
+@unpacking_rule("aten.broadcast_tensors")
+def _broadcast(lifter: Lifter, source: fx.Node, which: int, index: Index) -> Expr | None:
+    operands = source.args[0]
+    assert isinstance(operands, list | tuple)
+    return lifter.broadcast(operands[which], index)
+
+
 @unpacking_rule("aten.max", "aten.min")
 def _best(lifter: Lifter, source: fx.Node, which: int, index: Index) -> Expr | None:
     if which != 0 or len(source.args) < 2:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import sympy
 import torch
 from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Int
-from attnfx.integers import Max, Min, extremum, floordiv
+from attnfx.hulls import slacks
+from attnfx.integers import Max, Min, Mod, PythonMod, extremum, floordiv
 from attnfx.mirror import is_tensor, sizes
 from attnfx.patterns.lift import Index, Lifter, rule
 from attnfx.patterns.lift_moves import argument
@@ -72,7 +71,7 @@ def _positive(term: Expr) -> bool:
     return not isinstance(term, Int) or bool(term.value.is_Integer)
 
 
-def running(lifter: Lifter, term: Expr, along: sympy.Symbol, last: Expr) -> Int | None:
+def running(lifter: Lifter, term: Expr, along: sympy.Symbol, last: Expr) -> Expr | None:
     """``sum(term for along in range(last + 1))``."""
     while isinstance(term, Call) and term.op == "cast" and isinstance(term.args[0], Int | Call):
         term = term.args[0]
@@ -87,6 +86,8 @@ def running(lifter: Lifter, term: Expr, along: sympy.Symbol, last: Expr) -> Int 
         if slope.has(along) or rest.has(along):
             return None
         return Int(sympy.expand(slope * floordiv(sympy.expand(count * (count - 1)), sympy.Integer(2)) + rest * count))
+    if not term.dtype.is_floating_point and along not in expr.symbols(term):
+        return expr.mul(expr.cast(term, torch.int64), Int(count), torch.int64)
     if not isinstance(term, Call):
         return None
     on: sympy.Expr | None = sympy.Integer(1)
@@ -108,18 +109,39 @@ def _number(e: Expr) -> sympy.Expr | None:
 
 
 def _kept(lifter: Lifter, condition: Expr, along: sympy.Symbol, last: sympy.Expr) -> sympy.Expr | None:
-    """How many of 0..last are kept by a bound from one side."""
-    if not (isinstance(condition, Call) and condition.op == "le" and all(isinstance(x, Int) for x in condition.args)):
+    """How many of 0..last a condition keeps: bounds, one place, every c-th place, or all but those."""
+    if not isinstance(condition, Call):
         return None
-    low, high = (x.value for x in condition.args if isinstance(x, Int))
-    slack = sympy.expand(high - low)
-    slope = slack.coeff(along)
-    rest = sympy.expand(slack - slope * along)
-    if rest.has(along):
+    if condition.op == "ne":
+        others = _kept(lifter, Call("eq", condition.args, torch.bool), along, last)
+        return None if others is None else last + 1 - others
+    if condition.op == "eq" and len(found := slacks(condition)) == 2 and found[0].has(Mod, PythonMod):
+        return _periodic(found[0], along, last)
+    lows, highs = [sympy.Integer(0)], [last]
+    for term in condition.args if condition.op == "and" else (condition,):
+        ends = slacks(term)
+        if not ends:
+            return None
+        for slack in ends:
+            slope = slack.coeff(along)
+            rest = sympy.expand(slack - slope * along)
+            if rest.has(along) or slope not in (1, -1):
+                return None
+            (highs if slope == -1 else lows).append(rest if slope == -1 else sympy.expand(-rest))
+    span = extremum(Min, highs, lifter.ranges) - extremum(Max, lows, lifter.ranges) + 1
+    return extremum(Max, (sympy.Integer(0), sympy.expand(span)), lifter.ranges)
+
+
+def _periodic(difference: sympy.Expr, along: sympy.Symbol, last: sympy.Expr) -> sympy.Expr | None:
+    """How many of 0..last solve ``(along + r) mod c = d``."""
+    digits = list(difference.atoms(Mod, PythonMod))
+    if len(digits) != 1:
         return None
-    choose: Callable[..., sympy.Expr] = extremum
-    if slope == -1:
-        return choose(Max, (sympy.Integer(0), 1 + choose(Min, (last, rest), lifter.ranges)), lifter.ranges)
-    if slope == 1:
-        return choose(Max, (sympy.Integer(0), last + 1 + choose(Min, (sympy.Integer(0), rest), lifter.ranges)), lifter.ranges)
-    return None
+    base, by = digits[0].args
+    slope, start = difference.coeff(digits[0]), sympy.expand(base - along)
+    rest = sympy.expand(difference - slope * digits[0])
+    wanted = sympy.expand(-rest * slope)
+    plain = slope in (1, -1) and not rest.has(along) and not start.has(along) and by.is_Integer and by > 0
+    if not plain or not wanted.is_Integer or not 0 <= wanted < by:
+        return None
+    return floordiv(last + start - wanted, by) - floordiv(start - wanted - 1, by)

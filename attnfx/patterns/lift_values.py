@@ -298,9 +298,9 @@ def _not(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     x = lifter.element(node.args[0], index)
     if _dtype(node) == torch.bool:
         return expr.logical_not(expr.cast(x, torch.bool))
-    if not isinstance(x, Int) or "logical" in operation(node):
+    if "logical" in operation(node):
         return None
-    found = Int(-x.value - 1)
+    found = Int(-x.value - 1) if isinstance(x, Int) else expr.sub(expr.call("neg", x), expr.integer(1))
     return None if wraps(lifter, found, _dtype(node)) else found
 
 
