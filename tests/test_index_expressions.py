@@ -27,9 +27,9 @@ from attnfx.patterns.lift import Lifter
 
 #: How many results one function of a run makes, and how many are made in all.
 RESULTS = 10
-COUNT = int(os.environ.get("ATTNFX_INDEX_PROGRAMS", "200"))
+COUNT = int(os.environ.get("ATTNFX_INDEX_PROGRAMS", "150"))
 #: The least share of results that is a formula without a tensor of queries by keys.
-SHARE = 0.9
+SHARE = 0.93
 
 
 def full(t: Tensor) -> Tensor:

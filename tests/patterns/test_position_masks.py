@@ -43,7 +43,7 @@ MASKS: dict[str, Callable[[], Tensor]] = {
         (torch.arange(SIZE) % 4 == 0).cumsum(0)[:, None] == (torch.arange(SIZE) % 4 == 0).cumsum(0)
     ),
     "log of the distance": lambda: -torch.log1p((torch.arange(SIZE)[:, None] - torch.arange(SIZE)).abs().float()),
-    "rolled window": lambda: ((torch.arange(SIZE)[:, None] // 4 == torch.arange(SIZE) // 4)).roll((2, 2), (0, 1)),
+    "rolled window": lambda: (torch.arange(SIZE)[:, None] // 4 == torch.arange(SIZE) // 4).roll((2, 2), (0, 1)),
 }  # fmt: skip
 
 
