@@ -21,7 +21,9 @@ Value = torch.Tensor | int | float | bool
 _FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "exp2": torch.exp2, "log": torch.log, "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt, "tanh": torch.tanh, "sin": torch.sin, "cos": torch.cos, "floor": torch.floor, "sigmoid": torch.sigmoid,
-    "not": torch.logical_not, "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.true_divide,
+    "log2": torch.log2, "log1p": torch.log1p, "erf": torch.erf, "ceil": torch.ceil, "trunc": torch.trunc, "round": torch.round,
+    "bitand": torch.bitwise_and, "bitor": torch.bitwise_or, "bitxor": torch.bitwise_xor, "not": torch.logical_not,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.true_divide,
     "floordiv": torch.floor_divide, "mod": torch.remainder, "pow": torch.pow, "min": torch.minimum, "max": torch.maximum,
     "xor": torch.logical_xor, "lt": torch.lt, "le": torch.le, "eq": torch.eq, "ne": torch.ne,
 }  # fmt: skip
@@ -87,7 +89,18 @@ def evaluate(
             for a in args[1:]:
                 total = join(total, a)
             return total
+        if node.op == "pow" and node.dtype.is_floating_point:
+            # torch knows 2.0, 0.5 and the like only as Python numbers
+            base, exponent = (_python_number(x) for x in node.args)
+            if exponent is not None and base is None:
+                return torch.pow(args[0].to(real(node.dtype)), exponent)
+            if base is not None and exponent is None:
+                return torch.pow(base, args[1].to(real(node.dtype)))
         if node.dtype.is_floating_point and node.op not in expr.COMPARE:
+            half = real(node.dtype).itemsize < 4
+            if half and any(a.dtype == torch.float32 for a in args):
+                # a Python number beside halves: torch computes such a step in float32 and rounds its result
+                return _FUNCTIONS[node.op](*(a.float() for a in args)).to(real(node.dtype))
             args = [a.to(real(node.dtype)) for a in args]
         return _FUNCTIONS[node.op](*args)
 
@@ -101,6 +114,12 @@ def _discrete(e: Expr) -> bool:
     if not isinstance(e, Call) or e.dtype.is_floating_point or not any(a.dtype.is_floating_point for a in e.args):
         return False
     return not any(isinstance(n, Score) for n in expr.walk(e))
+
+
+def _python_number(e: Expr) -> float | None:
+    if isinstance(e, Const):
+        return float(e.value)
+    return float(int(e.value)) if isinstance(e, Int) and e.value.is_Integer else None
 
 
 def _tensor(value: Value, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A predicate is a conjunction. Its terms ``j <= i + c``, ``i - j <= w``, ``j <= c``, ``c <= j`` (any affine inequality
 with unit slopes) are
-*proved* bounds: they decide whole blocks. Every other term stays a predicate that is evaluated element by element.
+*proved* bounds: they decide whole blocks. Every other term stays a predicate that is evaluated element by element; an interval
+that encloses what it keeps (:mod:`attnfx.hulls`) still tells blocks that it keeps nothing of. Terms that others imply vanish.
 A fact is stated only if it follows from the expression for all sizes in range.
 """
 
@@ -13,7 +14,8 @@ from dataclasses import dataclass, replace
 import sympy
 
 from attnfx import expr
-from attnfx.expr import INDEX, Call, Expr, Int
+from attnfx.expr import INDEX, Call, Expr
+from attnfx.hulls import ANYWHERE, Hull, hull, slacks
 from attnfx.integers import Ranges
 
 I, J = INDEX["i"], INDEX["j"]
@@ -25,7 +27,8 @@ class Facts:
 
     ``delta_low <= i - j <= delta_high``, ``key_low <= j <= key_high``; ``rest`` holds the terms that are not bounds, and
     ``nonempty``
-    tells that every query is proved to keep at least one key.
+    tells that every query is proved to keep at least one key. ``keys`` and ``queries`` enclose what ``rest`` keeps: the keys of
+    query i as functions of i, the queries of key j as functions of j.
     """
 
     delta_low: tuple[sympy.Expr, ...] = ()
@@ -34,6 +37,8 @@ class Facts:
     key_high: tuple[sympy.Expr, ...] = ()
     rest: tuple[Expr, ...] = ()
     nonempty: bool = False
+    keys: Hull = ANYWHERE
+    queries: Hull = ANYWHERE
 
     @property
     def full(self) -> bool:
@@ -68,29 +73,79 @@ def prove(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges
     bounds: dict[str, list[sympy.Expr]] = {"delta_low": [], "delta_high": [], "key_low": [], "key_high": []}
     rest = []
     for term in conjuncts(keep):
-        slack = _slack(term)
-        if slack is not None and inside.nonnegative(slack):
+        parts = slacks(term)
+        if parts and all(inside.nonnegative(slack) for slack in parts):
             continue  # always true
-        found = None if slack is None else _bound(slack)
-        if found is None:
+        found = [_bound(slack) for slack in parts]
+        if not found or None in found:
             rest.append(term)
-        elif found[1] not in bounds[found[0]]:
-            bounds[found[0]].append(found[1])
-    found_bounds = {name: tuple(values) for name, values in bounds.items()}
-    facts = Facts(
-        found_bounds["delta_low"], found_bounds["delta_high"], found_bounds["key_low"], found_bounds["key_high"], tuple(rest)
-    )
-    return replace(facts, nonempty=not rest and _nonempty(facts, length_k, inside))
+            continue
+        for name, value in filter(None, found):
+            bounds[name] = _tightened(name, bounds[name], value, inside)
+    for name in bounds:
+        bounds[name] = [value for value in bounds[name] if not _above(name, value, bounds, inside)]
+    rest = [term for term in rest if not _implied(term, bounds, inside)]
+    low, high, first, last = (tuple(values) for values in bounds.values())
+    facts = Facts(low, high, first, last, tuple(rest))
+    nonempty = (not rest and _nonempty(facts, length_k, inside)) or _has_witness(keep, length_q, length_k, inside)
+    both = expr.logical_and(*rest)
+    found_keys, found_queries = hull(both, I, J, inside), hull(both, J, I, inside)
+    return replace(facts, nonempty=nonempty, keys=found_keys or ANYWHERE, queries=found_queries or ANYWHERE)
 
 
-def _slack(term: Expr) -> sympy.Expr | None:
-    """``b - a`` of an integer inequality ``a <= b``."""
-    if isinstance(term, Call) and term.op == "le" and all(isinstance(x, Int) for x in term.args):
-        a, b = term.args
-        assert isinstance(a, Int)
-        assert isinstance(b, Int)
-        return sympy.expand(b.value - a.value)
-    return None
+def _tightened(name: str, known: list[sympy.Expr], value: sympy.Expr, ranges: Ranges) -> list[sympy.Expr]:
+    """The bounds of one kind with another one, without those that another one is proved to imply."""
+    sign = 1 if name.endswith("low") else -1
+    if any(ranges.nonnegative(sign * (x - value)) for x in known):
+        return known
+    return [x for x in known if not ranges.nonnegative(sign * (value - x))] + [value]
+
+
+def _above(name: str, value: sympy.Expr, bounds: dict[str, list[sympy.Expr]], ranges: Ranges) -> bool:
+    """Whether a bound of one key follows from one of the distance, which is below it for every query."""
+    if name == "key_high":
+        return any(ranges.nonnegative(sympy.expand(value - (I - d))) for d in bounds["delta_low"])
+    if name == "key_low":
+        return any(ranges.nonnegative(sympy.expand(I - d - value)) for d in bounds["delta_high"])
+    return False
+
+
+def _implied(term: Expr, bounds: dict[str, list[sympy.Expr]], ranges: Ranges) -> bool:
+    """Whether ``term`` holds wherever the bounds do."""
+    if isinstance(term, Call) and term.op in ("or", "and"):
+        return (any if term.op == "or" else all)(_implied(part, bounds, ranges) for part in term.args)
+    parts = slacks(term)
+    return bool(parts) and all(_nonnegative(slack, bounds, ranges) for slack in parts)
+
+
+def _nonnegative(slack: sympy.Expr, bounds: dict[str, list[sympy.Expr]], ranges: Ranges) -> bool:
+    if ranges.nonnegative(slack):
+        return True
+    weight = slack.coeff(J)
+    if (slack - weight * J).has(J) or not weight.is_Integer or weight == 0:
+        return False
+    # the least of a slack that falls with j is at the largest j, and the other way round
+    ends = [I - d for d in bounds["delta_low" if weight < 0 else "delta_high"]] + bounds["key_high" if weight < 0 else "key_low"]
+    return any(ranges.nonnegative(sympy.expand(slack.subs(J, end))) for end in ends)
+
+
+def _has_witness(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether one key that every query has is proved to be kept: its own, that at the end of equal runs, or the first one."""
+    for place in dict.fromkeys((I, sympy.expand(I + length_k - length_q), sympy.Integer(0))):
+        if ranges.nonnegative(place) and ranges.nonnegative(sympy.expand(length_k - 1 - place)):
+            here = expr.substitute(keep, {J: place})
+            if all(_always(term, ranges) for term in conjuncts(here)):
+                return True
+    return False
+
+
+def _always(term: Expr, ranges: Ranges) -> bool:
+    if term == expr.TRUE:
+        return True
+    if isinstance(term, Call) and term.op in ("or", "and"):
+        return (any if term.op == "or" else all)(_always(part, ranges) for part in term.args)
+    parts = slacks(term)
+    return bool(parts) and all(ranges.nonnegative(slack) for slack in parts)
 
 
 def _bound(slack: sympy.Expr) -> tuple[str, sympy.Expr] | None:

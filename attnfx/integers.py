@@ -106,6 +106,9 @@ class Ranges:
 
 def floordiv(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.Expr:
     """``floor(a / b)``; terms of ``a`` that ``b`` divides leave the quotient, a remainder proved to lie in [0, b) vanishes."""
+    if b.is_negative:
+        # torch's FloorDiv joins quotients as if no divisor were negative: (a // 2) // -8 is not a // -16
+        return floordiv(sympy.expand(-a), -b, ranges)
     whole, rest = _split(sympy.expand(a), b)
     if rest == 0:
         return whole
@@ -116,6 +119,8 @@ def floordiv(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> symp
 
 def modulo(a: sympy.Expr, b: sympy.Expr, ranges: Ranges | None = None) -> sympy.Expr:
     """``a - b * floor(a / b)`` with the simplifications of :func:`floordiv`."""
+    if b.is_negative:
+        return sympy.expand(-modulo(sympy.expand(-a), -b, ranges))
     _, rest = _split(sympy.expand(a), b)
     if rest == 0 or _below(rest, b, ranges):
         return rest

@@ -14,8 +14,13 @@ Number = int | float | bool
 #: Index symbols: never negative, and below the size of their axis.
 INDEX = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhij"}
 
-UNARY = ("neg", "abs", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "floor", "not", "sigmoid")
-BINARY = ("add", "sub", "mul", "div", "floordiv", "mod", "pow", "min", "max", "and", "or", "xor")
+UNARY = (
+    "neg", "abs", "exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf", "floor", "ceil", "trunc",
+    "round", "not", "sigmoid",
+)  # fmt: skip
+BINARY = (
+    "add", "sub", "mul", "div", "floordiv", "mod", "pow", "min", "max", "and", "or", "xor", "bitand", "bitor", "bitxor",
+)  # fmt: skip
 COMPARE = ("lt", "le", "eq", "ne")
 OPERATIONS = frozenset((*UNARY, *BINARY, *COMPARE, "where", "cast"))
 

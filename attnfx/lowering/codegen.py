@@ -22,7 +22,7 @@ from attnfx.files import replace_file
 from attnfx.integers import Ranges
 from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare
 from attnfx.lowering.plan import KernelPlan
-from attnfx.lowering.ranges import Bounds, Candidates
+from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _function(name: str, parameters: str, plan: KernelPlan, e: Expr, base_2: boo
 def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) -> str:
     body = _body(plan)
     first, last = f"{letter}_first", f"{letter}_last"
+    body.positions = {FIRST: first, LAST: last}
 
     def end(candidates: Candidates, combine: str, default: int) -> str:
         anchors = {"first": first, "last": last, "": ""}

@@ -21,12 +21,23 @@ INLINE = 60
 _NARROW = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 _BINARY = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "lt": "<", "le": "<=", "eq": "==",
-    "ne": "!=",
+    "ne": "!=", "bitand": "&", "bitor": "|", "bitxor": "^",
 }  # fmt: skip
 _FUNCTION = {
     "abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt", "sin": "tl.sin",
-    "cos": "tl.cos", "floor": "tl.floor", "tanh": "tanh", "sigmoid": "sigmoid", "min": "tl.minimum", "max": "tl.maximum",
+    "cos": "tl.cos", "log2": "tl.log2", "erf": "tl.erf",
+    "floor": "tl.floor", "ceil": "tl.ceil", "tanh": "tanh", "sigmoid": "sigmoid", "min": "tl.minimum", "max": "tl.maximum",
 }  # fmt: skip
+#: Functions without a counterpart in Triton, of a line {x} and a line {y} for what `_INNER` says.
+_SPELLED_OUT = {
+    "trunc": "tl.where({x} < 0.0, tl.ceil({x}), tl.floor({x}))",
+    # halves go to the even neighbour
+    "round": "tl.where({x} - {y} < 0.5, tl.where({y} == 0.0, {x} * 0.0, {y}), "
+    "tl.where({x} - {y} > 0.5, tl.where({y} == -1.0, {x} * 0.0, {y} + 1.0), tl.floor(({y} + 1.0) * 0.5) * 2.0))",
+    # log(y) * x / (y - 1) makes up for what 1 + x lost (Kahan); at both ends of the range it is not needed
+    "log1p": "tl.where({y} == 1.0, {x}, tl.where({y} - 1.0 == {x}, tl.log({y}), tl.log({y}) * ({x} / ({y} - 1.0))))",
+}
+_INNER = {"round": "tl.floor({x})", "log1p": "1.0 + {x}"}
 #: The functions of templates/arithmetic.py that a body may call.
 HELPERS = ("float_modulo", "floor_divide", "floor_modulo", "gathered", "rounded", "sigmoid", "tanh", "to_base_2")
 
@@ -46,6 +57,10 @@ class Body:
         self.lines: list[str] = []
         self.names: dict[Expr, str] = {}
         self.uses: Counter[Expr] = Counter()
+        #: Quotients that a step behind them makes whole numbers of: their last bit decides which.
+        self.precise: set[Expr] = set()
+        #: The names of further integers.
+        self.positions: Mapping[sympy.Symbol, str] = {}
         #: Whether steps of the scores round to their own dtypes, too.
         self.typed = False
 
@@ -54,6 +69,8 @@ class Body:
         self.uses[root] += 1
         for node in expr.walk(root):
             self.uses.update(children(node))
+            if isinstance(node, Call) and _discrete(node):
+                self.precise.update(n for n in expr.walk(node) if isinstance(n, Call) and n.op == "div" and not has_score(n))
 
     def text(self, e: Expr) -> str:
         """An expression for ``e``: an atom or a parenthesised text, float values in float32."""
@@ -123,6 +140,8 @@ class Body:
         if self.typed and e.dtype in _NARROW:
             wide = [has_score(a) and a.dtype.is_floating_point and a.dtype not in _NARROW for a in e.args]
             args = [f"rounded({_bare(t)}, {_NARROW[e.dtype]})" if w else t for t, w in zip(args, wide, strict=True)]
+        if e in self.precise and not _halves(e.args[1]):
+            return f"tl.div_rn({', '.join(map(_bare, args))})"
         if e.op in _BINARY:
             return "(" + f" {_BINARY[e.op]} ".join(args) + ")"
         plain = [_bare(a) for a in args]
@@ -136,16 +155,24 @@ class Body:
             return self._division(e, plain)
         if e.op == "pow":
             return self._power(e, args[0])
+        if e.op in _SPELLED_OUT:
+            x = self._named(plain[0])
+            return _SPELLED_OUT[e.op].format(x=x, y=self._named(_INNER[e.op].format(x=x)) if e.op in _INNER else "")
         if e.op in ("min", "max") and e.dtype.is_floating_point:
             plain.append("propagate_nan=tl.PropagateNan.ALL")
         if e.op not in _FUNCTION:
             raise Unprintable(f"the operation {e.op} has no form in a Triton kernel here.")
         return f"{_FUNCTION[e.op]}({', '.join(plain)})"
 
+    def _named(self, text: str) -> str:
+        """The name of a line that holds ``text``."""
+        self.lines.append(f"x{len(self.lines)} = {text}")
+        return f"x{len(self.lines) - 1}"
+
     def _division(self, e: Call, args: list[str]) -> str:
         if not e.dtype.is_floating_point:
             return f"floor_{'divide' if e.op == 'floordiv' else 'modulo'}({', '.join(args)})"
-        return f"tl.floor({args[0]} / {args[1]})" if e.op == "floordiv" else f"float_modulo({', '.join(args)})"
+        return f"tl.floor(tl.div_rn({args[0]}, {args[1]}))" if e.op == "floordiv" else f"float_modulo({', '.join(args)})"
 
     def _power(self, e: Call, base: str) -> str:
         exponent = _constant(e.args[1])
@@ -191,7 +218,7 @@ class Body:
         if e.is_Integer:
             return str(int(e)) if e >= 0 else f"({int(e)})"
         if e.is_Symbol:
-            name = e.name if e in INDEX.values() else f"ints[{self.numbers[e]}]"
+            name = e.name if e in INDEX.values() else self.positions.get(e) or f"ints[{self.numbers[e]}]"
             return f"tl.cast({name}, tl.int64)" if wide else name
         args = [self._integer(a, wide) for a in e.args]
         if isinstance(e, FloorDiv | Mod | PythonMod):
@@ -225,6 +252,19 @@ def _scattered(e: Load) -> bool:
     if e.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not e.indices:
         return False
     return expr.depends_on(e, "i") and expr.depends_on(e, "j") and e.indices[-1] != expr.index("j")
+
+
+def _discrete(e: Call) -> bool:
+    """Whether a small difference of an operand may change the result by a whole step."""
+    if e.op in expr.COMPARE or (e.op == "cast" and not e.dtype.is_floating_point):
+        return True
+    return e.op in ("floor", "ceil", "trunc", "round") or (e.op in ("floordiv", "mod") and e.dtype.is_floating_point)
+
+
+def _halves(e: Expr) -> bool:
+    """Whether ``e`` is a constant power of two, by which nothing rounds."""
+    number = _constant(e)
+    return number is not None and number != 0 and math.isfinite(number) and abs(math.frexp(number)[0]) == 0.5
 
 
 def _constant_factor(e: Expr) -> tuple[Expr, float] | None:

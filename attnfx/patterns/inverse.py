@@ -10,8 +10,9 @@ from torch import fx
 from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.mirror import as_sympy, sizes
-from attnfx.patterns.lift import Index, Lifter, operation, reshaped
+from attnfx.patterns.lift import Index, Lifter, operation
 from attnfx.patterns.lift_moves import argument, integer_of
+from attnfx.patterns.lift_reshapes import reshaped
 
 #: ``inside, index``: a predicate, and the index into the view (meaningful where the predicate holds).
 Place = tuple[Expr, Index]

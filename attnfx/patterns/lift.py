@@ -8,7 +8,7 @@ never be wrong by not knowing an operation, only less informed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import fx
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
 from attnfx.integer_functions import foreign
-from attnfx.integers import Ranges, floordiv, modulo, recombined
+from attnfx.integers import Ranges, floordiv, modulo
 from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ Rule = Callable[["Lifter", fx.Node, Index], Expr | None]
 _RULES: dict[str, Rule] = {}
 #: Operations that only move elements about; the axes of q, k and v are followed through these alone.
 _MOVES: dict[str, Rule] = {}
+#: Operations that have a formula in masks and biases only: scores and probabilities are not followed through them.
+_APART: set[str] = set()
 
 
 def rule(*operations: str, moves: bool = False) -> Callable[[Rule], Rule]:
@@ -47,9 +49,54 @@ def rule(*operations: str, moves: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+def position_rule(*operations: str) -> Callable[[Rule], Rule]:
+    """Register a rule for what is made of positions and data that nobody learns: its result stays data where it has a
+    gradient, or holds products of tensors or what the lifter does not look behind."""
+
+    def register(function: Rule) -> Rule:
+        def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+            if lifter.mirror.requires_grad(node):
+                return None
+            found = function(lifter, node, index)
+            if found is None or any(isinstance(n, Load) and lifter.followed(n) for n in expr.walk(found)):
+                return None
+            return found
+
+        for operation in operations:
+            _RULES[operation] = apply
+            _APART.add(operation)
+        return function
+
+    return register
+
+
+Unpack = Callable[["Lifter", fx.Node, int, Index], Expr | None]
+_UNPACKED: dict[str, Unpack] = {}
+
+
+def unpacking_rule(*operations: str) -> Callable[[Unpack], Unpack]:
+    """Register a :func:`position_rule` for result ``which`` of operations with several."""
+
+    def register(function: Unpack) -> Unpack:
+        _UNPACKED.update(dict.fromkeys(operations, function))
+        return function
+
+    return register
+
+
+def unpacked(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
+    """The element of ``node``, a result of an operation with a rule of :func:`unpacking_rule`."""
+    source, which = node.args
+    function = _UNPACKED.get(operation(source)) if isinstance(source, fx.Node) and isinstance(which, int) else None
+    if function is None or lifter.mirror.requires_grad(node):
+        return None
+    found = function(lifter, source, which, index)  # type: ignore[arg-type]
+    return None if found is None or any(isinstance(n, Load) and lifter.followed(n) for n in expr.walk(found)) else found
+
+
 def has_rule(node: fx.Node) -> bool:
-    """Whether an element of ``node`` can be a formula of its operands' elements."""
-    return operation(node) in _RULES
+    """Whether scores and probabilities are followed through ``node``: an element is a formula of its operands' elements."""
+    return operation(node) in _RULES and operation(node) not in _APART
 
 
 def operation(node: fx.Node) -> str:
@@ -147,7 +194,7 @@ class Lifter:
         if node.op == "placeholder":
             return self._table(node, index) or leaf
         if node.op == "get_attr":
-            return self._literal(node) or leaf
+            return self._literal(node, index) or leaf
         apply = _RULES.get(operation(node))
         if apply is None or self.severed(node) or operation(node) in self.taken_whole:
             return leaf
@@ -170,25 +217,33 @@ class Lifter:
         table = self.mirror.tables.get(node)
         return None if table is None else table.element(index, self.less)
 
-    def _literal(self, node: fx.Node) -> Expr | None:
-        """The number in a ``torch.tensor(number)`` or ``x[part] = number`` of the user's code; other attributes may change
+    def _literal(self, node: fx.Node, index: Index) -> Expr | None:
+        """The number in a ``torch.tensor(numbers)`` or ``x[part] = number`` of the user's code; other attributes may change
         and are data."""
         maker = self.mirror.origin.get(node)
         number = None if maker is None else _written_number(maker)
-        if not isinstance(number, bool | int | float) or number != number or sizes(node):
+        for at, size in zip(index, sizes(node), strict=True):
+            if not (isinstance(at, Int) and at.value.is_Integer and isinstance(number, list | tuple) and size == len(number)):
+                return None
+            number = number[int(at.value)]
+        if not isinstance(number, bool | int | float) or number != number:
             return None
         return expr.constant(number, node.meta["val"].dtype)
+
+    def followed(self, load: Load) -> bool:
+        """Whether ``load`` reads scores or probabilities."""
+        return isinstance(load.slot, Dot) or (self.stop is not None and load.slot is self.stop)
 
     def worth_loading(self, found: Expr, index: Index) -> bool:
         """Whether an element is better loaded from the model's own tensor than computed by its formula ``found``."""
         # A tensor without both i and j is small and already computed by the model: loading it is exact and cheap.
-        # Integer formulas without loads stay formulas, since facts are proved from them.
+        # Integer formulas without loads stay formulas, since facts are proved from them, and so do they as floats.
         if self.inner is None or any(isinstance(n, Load) and isinstance(n.slot, Dot) for n in expr.walk(found)):
             return False
         used = frozenset().union(*(expr.symbols(x) for x in index)) if index else frozenset()
         if all(s in used for s in self.inner):
             return False
-        return any(isinstance(n, Load) or (isinstance(n, expr.Call) and n.dtype.is_floating_point) for n in expr.walk(found))
+        return any(isinstance(n, Load) or _rounds(n) for n in expr.walk(found))
 
     def literal(self, value: Any) -> Expr:
         """A Python number, not rounded yet: the operation that reads it decides its dtype."""
@@ -253,6 +308,12 @@ class Lifter:
         return self.element(operand, picked)
 
 
+def _rounds(e: Expr) -> bool:
+    """Whether ``e`` is a step in floating point, other than a whole number read as a float."""
+    whole = isinstance(e, expr.Call) and e.op == "cast" and not e.args[0].dtype.is_floating_point
+    return isinstance(e, expr.Call) and e.dtype.is_floating_point and not whole
+
+
 class Stale(Exception):
     """The past value of a tensor cannot be read any more."""
 
@@ -277,72 +338,3 @@ class _Step(Lifter):
         if self.found is None and is_tensor(node):
             self.found = (node, index)
         return expr.integer(0)
-
-
-def reshaped(lifter: Lifter, old: Sequence[sympy.Expr], new: Sequence[sympy.Expr], index: Index) -> Index:
-    """The index into a tensor of sizes ``old`` of element ``index`` of its reshape to sizes ``new``.
-
-    Axes are matched in groups of equal products, so that a reshape that only splits or merges some axes leaves the others alone.
-    """
-    known, key = lifter.mirror.lifted.setdefault(("reshaped", lifter.known), {}), (tuple(old), tuple(new), index)
-    if key not in known:
-        known[key] = _reshaped(lifter, old, new, index)
-    return known[key]  # type: ignore[no-any-return]
-
-
-def _reshaped(lifter: Lifter, old: Sequence[sympy.Expr], new: Sequence[sympy.Expr], index: Index) -> Index:
-    result: list[Expr] = []
-    a = b = 0
-    while a < len(old) or b < len(new):
-        left, right = [], []
-        product_left = product_right = sympy.Integer(1)
-        if a < len(old):
-            left.append(old[a])
-            product_left *= old[a]
-            a += 1
-        if b < len(new):
-            right.append(b)
-            product_right *= new[b]
-            b += 1
-        while sympy.expand(product_left - product_right) != 0:
-            take_left = b >= len(new) or (a < len(old) and _smaller(product_left, product_right))
-            if take_left and a < len(old):
-                left.append(old[a])
-                product_left *= old[a]
-                a += 1
-            elif b < len(new):
-                right.append(b)
-                product_right *= new[b]
-                b += 1
-            else:
-                raise Stale("a reshape between sizes that could not be compared")
-        result.extend(_group(lifter, left, [new[r] for r in right], [index[r] for r in right]))
-    return tuple(result)
-
-
-def _smaller(a: sympy.Expr, b: sympy.Expr) -> bool:
-    ratio = sympy.cancel(b / a)
-    if ratio.is_Integer:
-        return True
-    if sympy.cancel(a / b).is_Integer:
-        return False
-    if a.is_Integer and b.is_Integer:
-        return bool(a < b)
-    # Symbolic: b holds a factor that a lacks, so a has to grow.
-    return bool(sympy.denom(ratio) == 1)
-
-
-def _group(lifter: Lifter, old: list[sympy.Expr], new: list[sympy.Expr], index: list[Expr]) -> list[Expr]:
-    if len(old) == len(new) == 1:
-        return list(index)
-    flat: Expr = expr.integer(0)
-    for size, at in zip(new, index, strict=True):
-        flat = expr.add(expr.mul(flat, Int(size)), at) if size != 1 else flat
-    if isinstance(flat, Int):
-        flat = Int(recombined(flat.value))
-    result: list[Expr] = []
-    for k, size in enumerate(old):
-        below = sympy.Mul(*old[k + 1 :])
-        digit = lifter.floordiv(flat, below)
-        result.append(expr.integer(0) if size == 1 else digit if k == 0 else lifter.modulo(digit, size))
-    return result

@@ -1,4 +1,4 @@
-"""Lifting rules of operations that look elsewhere: indexing, embedding, gather, concatenation, cumulative sums, differences."""
+"""Lifting rules of operations that look elsewhere: indexing, embedding, gather, concatenation, padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
-from attnfx.mirror import as_sympy, is_tensor, sizes
+from attnfx.mirror import as_sympy, sizes
 from attnfx.patterns.lift import Index, Lifter, rule
 from attnfx.patterns.lift_moves import argument, integer_of
 
@@ -100,47 +100,6 @@ def _stack(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     for k in reversed(range(len(pieces) - 1)):
         found = expr.where(expr.eq(index[d], expr.integer(k)), lifter.element(pieces[k], rest), found, node.meta["val"].dtype)
     return found
-
-
-@rule("aten.diff")
-def _diff(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """First differences with an optional piece prepended, of integers: x[k] - x[k-1]."""
-    source, order, dim = node.args[0], argument(node, 1, "n", 1), argument(node, 2, "dim", -1)
-    prepend, append = argument(node, 3, "prepend"), argument(node, 4, "append")
-    assert isinstance(source, fx.Node)
-    if order != 1 or append is not None or node.meta["val"].dtype.is_floating_point or node.meta["val"].dtype.itemsize == 1:
-        return None
-    d = int(dim) % len(index)
-
-    def at(x: Expr) -> Expr:
-        return lifter.element(source, (*index[:d], x, *index[d + 1 :]))
-
-    if prepend is None:
-        return at(index[d] + 1) - at(index[d])
-    if sizes(prepend)[d] != 1:
-        return None
-    first = at(expr.integer(0)) - lifter.element(prepend, (*index[:d], expr.integer(0), *index[d + 1 :]))
-    later = at(index[d]) - at(index[d] - 1)
-    if later == first:
-        return first
-    return expr.where(expr.eq(index[d], expr.integer(0)), first, later)
-
-
-@rule("aten.cumsum")
-def _cumsum(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """The running sum of something that does not change along the axis (and of zero in particular)."""
-    source, d = node.args[0], int(argument(node, 1, "dim")) % len(index)
-    if node.meta["val"].dtype.is_floating_point or not is_tensor(source):
-        return None
-    along = sympy.Dummy("along", integer=True, nonnegative=True)
-    term = lifter.element(source, (*index[:d], Int(along), *index[d + 1 :]))
-    if term == expr.FALSE:
-        return expr.integer(0)
-    if term == expr.TRUE:
-        term = expr.integer(1)
-    if not isinstance(term, Int) or along in term.value.free_symbols:
-        return None
-    return term * (index[d] + 1)
 
 
 @rule("aten.constant_pad_nd", "aten.pad")

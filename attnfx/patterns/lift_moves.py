@@ -11,7 +11,8 @@ from torch import fx
 from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.mirror import as_sympy, is_tensor, sizes
-from attnfx.patterns.lift import Index, Lifter, expressible, reshaped, rule
+from attnfx.patterns.lift import Index, Lifter, _Step, expressible, operation, rule, unpacked
+from attnfx.patterns.lift_reshapes import reshaped
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -139,8 +140,10 @@ def _flip(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 def _unpack(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     """One of the results of split, chunk or unbind."""
     source, which = node.args
-    if not (isinstance(source, fx.Node) and isinstance(which, int)) or not is_tensor(source.args[0] if source.args else None):
+    if not (isinstance(source, fx.Node) and isinstance(which, int)):
         return None
+    if not is_tensor(source.args[0] if source.args else None) or operation(source) in ("aten.max", "aten.min"):
+        return None if isinstance(lifter, _Step) else unpacked(lifter, node, index)
     base = source.args[0]
     assert isinstance(base, fx.Node)
     name = str(getattr(source.target, "overloadpacket", ""))
@@ -156,9 +159,9 @@ def _unpack(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 @rule("aten.repeat_interleave", moves=True)
 def _repeat_interleave(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
-    if is_tensor(times) or dim is None:
+    if is_tensor(times) or (dim is None and len(sizes(node.args[0])) != 1):  # type: ignore[arg-type]
         return None
-    d = int(dim) % len(index)
+    d = 0 if dim is None else int(dim) % len(index)
     return lifter.element(node.args[0], (*index[:d], lifter.floordiv(index[d], integer_of(times)), *index[d + 1 :]))
 
 

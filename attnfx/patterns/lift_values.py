@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,16 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 @rule("aten.arange")
 def _arange(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    if _dtype(node).is_floating_point:
-        return None
     overload = str(node.target).rsplit(".", 1)[-1]
-    start = integer_of(node.args[0]) if overload != "default" else sympy.Integer(0)
-    step = integer_of(node.args[2]) if overload == "start_step" and len(node.args) > 2 else sympy.Integer(1)
-    made = Int(start) + index[0] * Int(step)
-    return None if wraps(lifter, made, _dtype(node)) else made
+    start = node.args[0] if overload != "default" else 0
+    step = node.args[2] if overload == "start_step" and len(node.args) > 2 else 1
+    if any(isinstance(x, float) and not x.is_integer() for x in (start, step)):
+        return None
+    begin, by = (integer_of(int(x) if isinstance(x, float) else x) for x in (start, step))
+    made = Int(begin) + index[0] * Int(by)
+    if not _dtype(node).is_floating_point:
+        return None if wraps(lifter, made, _dtype(node)) else made
+    return expr.cast(made, _dtype(node)) if exact_in(lifter, made, torch.float32) else None
 
 
 def _filled(value: Any) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
@@ -104,6 +108,14 @@ def wraps(lifter: Lifter, e: Expr, dtype: torch.dtype) -> bool:
     return not (ranges.nonnegative(e.value - info.min) and ranges.nonnegative(info.max - e.value))
 
 
+def exact_in(lifter: Lifter, e: Expr, dtype: torch.dtype) -> bool:
+    """Whether a float ``dtype`` is proved to hold every value of the integer ``e``."""
+    if not isinstance(e, Int):
+        return False
+    most = 2 ** (1 - round(math.log2(torch.finfo(dtype).eps)))
+    return lifter.ranges.nonnegative(e.value + most) and lifter.ranges.nonnegative(most - e.value)
+
+
 def _binary(make: Callable[..., Expr]) -> Callable[[Lifter, fx.Node, Index], Expr | None]:
     def apply(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
         a, b = (lifter.broadcast(x, index) for x in node.args[:2])
@@ -169,13 +181,23 @@ def _divide(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     mode = node.kwargs.get("rounding_mode")
     if mode == "floor" and not _dtype(node).is_floating_point:
         return expr.floordiv(a, b, _dtype(node))
-    return expr.div(*_aligned(a, b, _dtype(node)), dtype=_dtype(node)) if mode is None else None
+    if mode == "trunc" and not _dtype(node).is_floating_point:
+        from attnfx.patterns.lift_bits import truncated
+
+        return truncated(lifter, *_aligned(a, b, _dtype(node)))
+    if mode is None:
+        return expr.div(*_aligned(a, b, _dtype(node)), dtype=_dtype(node))
+    if mode == "floor":
+        return expr.floordiv(*_aligned(a, b, _dtype(node)), _dtype(node))
+    if _dtype(node).itemsize < 4:
+        return None  # a quotient rounded to a half first may be another integer
+    return expr.call("trunc", expr.div(*_aligned(a, b, _dtype(node)), dtype=_dtype(node)), dtype=_dtype(node))
 
 
 @rule("aten.pow", "aten.pow_")
 def _power(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     a, b = (lifter.broadcast(x, index) for x in node.args[:2])
-    if isinstance(a, Int) and isinstance(b, Int) and b.value.is_Integer and 0 <= int(b.value) <= 4:
+    if isinstance(a, Int) and isinstance(b, Int) and b.value.is_Integer and 0 <= int(b.value) <= 16:
         return Int(sympy.expand(a.value ** int(b.value)))
     return expr.call("pow", *_aligned(a, b, _dtype(node)), dtype=_dtype(node)) if _dtype(node).is_floating_point else None
 
@@ -276,9 +298,9 @@ def _not(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     x = lifter.element(node.args[0], index)
     if _dtype(node) == torch.bool:
         return expr.logical_not(expr.cast(x, torch.bool))
-    if not isinstance(x, Int) or "logical" in operation(node):
+    if "logical" in operation(node):
         return None
-    found = Int(-x.value - 1)
+    found = Int(-x.value - 1) if isinstance(x, Int) else expr.sub(expr.call("neg", x), expr.integer(1))
     return None if wraps(lifter, found, _dtype(node)) else found
 
 

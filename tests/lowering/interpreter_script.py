@@ -16,6 +16,7 @@ from attnfx.lowering import kernel_gradients, ops, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 
 NAMES = (
+    "chunks", "block causal", "prefix", "bits",
     "causal 16", "window", "softcap", "key range", "causal -16 -3.40282e+38 replaced", "padded -inf replaced",
     "padded -1e+09 added", "alibi", "t5", "bias tile", "bias column shared", "bias row", "gather", "loaded mask",
     "bias folded, with a factor", "bias of key heads", "bias tile capped", "bias head capped",

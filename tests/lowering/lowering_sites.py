@@ -96,6 +96,9 @@ def random(*shape: int, grad: bool = True) -> Callable[[torch.dtype], Sequence[T
     return lambda dtype: (torch.randn(shape, dtype=dtype, requires_grad=grad),)
 
 
+CHUNK = expr.integer(8)
+
+
 def examples() -> Iterator[Example]:
     yield Example("plain", site())
     yield Example("dv 24", site(value_dim=24))
@@ -104,6 +107,10 @@ def examples() -> Iterator[Example]:
         yield Example(f"causal {ahead} zero", site(keep=causal(ahead), empty_rows="zero"))
     yield Example("window", site(keep=window(7)))
     yield Example("window long", site(keep=window(40), batch=1, queries=300, keys=300, key_heads=1))
+    yield Example("chunks", site(keep=expr.logical_and(causal(), expr.eq(expr.floordiv(I, CHUNK), expr.floordiv(J, CHUNK)))))
+    yield Example("block causal", site(keep=expr.le(expr.floordiv(J, CHUNK), expr.floordiv(I + 3, CHUNK))))
+    yield Example("prefix", site(keep=expr.logical_or(causal(), expr.lt(J, expr.integer(21)))))
+    yield Example("bits", site(keep=expr.ne(expr.call("bitand", I, J), expr.integer(0)), fill=MIN32, empty_rows="fill"))
     yield Example("softcap", site(softcap(), causal()))
     yield Example("key range", site(keep=expr.logical_and(expr.le(J, expr.integer(30)), expr.le(expr.integer(4), J))))
     for additive in (False, True):

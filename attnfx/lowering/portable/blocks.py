@@ -15,7 +15,7 @@ from attnfx.evaluate import evaluate, integer
 from attnfx.expr import INDEX, Expr, Int, Load
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable.philox import dropout_scale
-from attnfx.lowering.ranges import Candidates
+from attnfx.lowering.ranges import FIRST, LAST, Candidates
 
 #: Scores in one block: 4 MB of float32.
 ELEMENTS = 1 << 20
@@ -127,7 +127,8 @@ class Problem:
 
     def _end(self, candidates: Candidates, rows: range) -> list[int]:
         run = {"first": rows[0], "last": rows[-1], "": 0}
-        return [run[anchor] + int(integer(offset, self.values)) for anchor, offset in candidates]
+        values = {**self.values, FIRST: rows[0], LAST: rows[-1]}
+        return [run[anchor] + int(integer(offset, values)) for anchor, offset in candidates]
 
     def all_keys(self, block: Block) -> Block:
         return Block(block.batches, block.heads, block.rows, range(self.keys), not self.plan.masked)
