@@ -6,14 +6,14 @@
     |x_i - x_j|^2            products -2 x_i * x_j, one for each coordinate       FlashBias, arXiv:2505.12044
     cos(w * (i - j))         cos(w i) cos(w j) + sin(w i) sin(w j)
 
-The softmax of a row does not see ``row``. The identity is one of real numbers: sums in float32 and float64 are taken apart, and what the
-model rounds to half precision as one number of query and key stays one. Numbers of the query alone or the key alone are taken
-as they are, with all of their roundings.
+The softmax of a row does not see ``row``. The identity is one of real numbers: sums in float32 and float64 are taken apart, and
+what the model rounds to half precision as one number of query and key stays one. Numbers of the query alone or the key alone are
+taken as they are, with all of their roundings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -256,24 +256,24 @@ def _factored(entries: Mapping[tuple[sympy.Expr, sympy.Expr], sympy.Expr]) -> li
     return [(sum(matrix[r, c] * u for r, u in enumerate(rows)), v) for c, v in enumerate(columns)]
 
 
-def additive(e: Expr, factor: float = 1.0) -> tuple[tuple[Expr, float], ...]:
-    """``(part, c)`` with ``e`` = the sum of ``c * part``, sums in float32 and float64 taken apart. No cast is looked through, so
-    that no part loses a rounding.
+def additive(e: Expr, factor: float = 1.0, stop: Callable[[Expr], bool] | None = None) -> tuple[tuple[Expr, float], ...]:
+    """``(part, c)`` with ``e`` = the sum of ``c * part``, sums in float32 and float64 taken apart, except where ``stop`` says that
+    they are a part. No cast is looked through, so that no part loses a rounding.
 
     >>> from attnfx.expr import Score
     >>> [(str(part), c) for part, c in additive((Score() - 2.0) * 0.5)]
     [('q·k', 0.5), ('2', -0.5)]
     """
-    if isinstance(e, Call) and e.dtype in WIDE:
+    if isinstance(e, Call) and e.dtype in WIDE and not (stop is not None and stop(e)):
         if e.op in ("add", "sub"):
-            return additive(e.args[0], factor) + additive(e.args[1], factor if e.op == "add" else -factor)
+            return additive(e.args[0], factor, stop) + additive(e.args[1], factor if e.op == "add" else -factor, stop)
         if e.op == "neg":
-            return additive(e.args[0], -factor)
+            return additive(e.args[0], -factor, stop)
         for part, number in ((e.args[0], e.args[-1]), (e.args[-1], e.args[0])):
             if e.op == "mul" and isinstance(number, Const) and number.dtype != torch.bool:
-                return additive(part, factor * float(number.value))
+                return additive(part, factor * float(number.value), stop)
         if e.op == "div" and isinstance(e.args[1], Const) and e.args[1].value:
-            return additive(e.args[0], factor / float(e.args[1].value))
+            return additive(e.args[0], factor / float(e.args[1].value), stop)
     return ((e, factor),)
 
 

@@ -28,7 +28,7 @@ def agree(e: Expr, found: Separation) -> bool:
         grid = {name: torch.randint(0, 200, shape) for name, shape in SHAPE.items()}
         other = found.whole
         sizes = {s: int(torch.randint(1, 200, ())) for e in (e, other) for s in expr.symbols(e) if s not in INDEX.values()}
-        known = {n: _data(n) for side in (e, other) for n in expr.walk(side) if isinstance(n, Load)}
+        known: dict[Expr, Tensor] = {n: _data(n) for side in (e, other) for n in expr.walk(side) if isinstance(n, Load)}
 
         def value(side: Expr) -> Tensor:
             return evaluate(side, grid, (), sizes, dtype=torch.float64, known=known)

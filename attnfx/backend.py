@@ -258,7 +258,12 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
         if isinstance(kernel, KernelPlan):
             sizes = [splicer.number(s) for s in kernel.symbols]
-            apart = (site.sink, site.weight, *(t.recipe for t in kernel.tables))  # torch's own operations around the kernel
+            apart = (
+                site.sink,
+                site.weight,
+                kernel.shift,
+                *(t.recipe for t in kernel.tables),
+            )  # torch's own operations around the kernel
             rows = [n for e in apart if e is not None for n in walk(e)]
             planned = {g.slot for g in kernel.gradients} | {n.slot for n in rows if isinstance(n, Load)}
             given = [  # what is only compared with something gets no gradient, as in the model
