@@ -277,6 +277,22 @@ def additive(e: Expr, factor: float = 1.0, stop: Callable[[Expr], bool] | None =
     return ((e, factor),)
 
 
+def bias_rank(score: Expr) -> int | None:
+    """The rank of all that a score program adds to its scores, up to what is constant along a row; None where it has none."""
+    products, per_key = 0, False
+    for part, _ in additive(score, stop=lambda e: not has_score(e)):
+        if has_score(part) or not expr.depends_on(part, "j"):
+            continue
+        if not expr.depends_on(part, "i"):
+            per_key = True
+            continue
+        found = separation(part)
+        if found is None:
+            return None
+        products, per_key = products + len(found.terms), per_key or found.per_key is not None
+    return products + per_key
+
+
 def loads(e: Expr | None) -> frozenset[Load]:
     """Every element that ``e`` reads."""
     return frozenset() if e is None else frozenset(n for n in expr.walk(e) if isinstance(n, Load))

@@ -247,10 +247,10 @@ def _factors(term: sympy.Expr) -> list[sympy.Expr]:
 
 
 def may_mask(e: Expr, unmasked: Collection[int] = ()) -> bool:
-    """Whether a term may hold a mask's finfo.min: such a constant, or a float loaded for each key, unless from an ``unmasked`` slot."""
+    """Whether a term may hold a mask's finfo.min: a float loaded for each key, not from slots ``unmasked``, or such a constant."""
     for n in expr.walk(e):
-        of_keys = isinstance(n, Load) and n.dtype.is_floating_point and any(expr.depends_on(x, "j") for x in n.indices)
-        if of_keys and n.slot not in unmasked:
+        floats = isinstance(n, Load) and n.dtype.is_floating_point and n.slot not in unmasked
+        if floats and any(expr.depends_on(x, "j") for x in children(n)):
             return True
         if isinstance(n, Const) and n.value < -1e30:
             return _constant(e) is None

@@ -184,14 +184,12 @@ class KernelPlan:
 @lru_cache(maxsize=1024)
 def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ...]:
     """The plan of ``site`` for a family, or sentences that say why it has none."""
-    site = _numbered(site).replace(origin=Origin())
-    if site.literal is not None and not _needs_exact_rows(site):
-        site = site.replace(literal=None)
+    site = _readied(site)
     objections = _objections(site, family)
     if objections:
         return objections
     symbols, exact = site.symbols, _needs_exact_rows(site)
-    chosen = forms.choose(widened(clamped(site.score, site)), site)
+    chosen = _forms(site)
     score, tables = chosen.score, chosen.tables
     ready = site.replace(
         score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
@@ -203,6 +201,21 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
         return cast(tuple[str, ...], gradients)
     plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols, chosen.shift)
     return (_unprintable(plan) if family == "flash" else ()) or plan
+
+
+def choices(site: AttentionSite) -> tuple[forms.Choice, ...]:
+    """In which form a plan of ``site`` has each term that is added to the scores."""
+    return _forms(_readied(site)).choices
+
+
+def _readied(site: AttentionSite) -> AttentionSite:
+    """``site`` with numbers for slots, and without literal logits where no row needs them."""
+    site = _numbered(site).replace(origin=Origin())
+    return site.replace(literal=None) if site.literal is not None and not _needs_exact_rows(site) else site
+
+
+def _forms(site: AttentionSite) -> forms.Forms:
+    return forms.choose(widened(clamped(site.score, site)), site)
 
 
 def _slots(expressions: Sequence[Expr]) -> tuple[int, ...]:
