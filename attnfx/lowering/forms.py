@@ -115,6 +115,9 @@ class _Planner:
         learned = self._learned(e)
         options: list[tuple[float, Form]] = [] if learned else [(costs.in_tile(e) + costs.COSTS.fma, "formula")]
         apart = self._apart(e) if alone else None
+        if learned and apart is not None and apart.row_constant is not None and self.site.dtype.itemsize < 4:
+            # In half precision the gradients of a row add up to no more than nearly zero, and what is dropped would multiply that.
+            apart = None
         if apart is not None and not any(self._learned(x) for pair in apart.terms for x in pair):
             price = len(apart.terms) * costs.product() + (apart.per_key is not None) * costs.per_key_number()
             kept = apart.row_constant is not None and not droppable(self.site)

@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {"batch": 16, "side": (side(9, HEADS, grad=True), PLACES
 CASES: dict[str, tuple[AttentionSite, tuple[str, ...]]] = {
     "alibi": (site(alibi(), causal(), side=(SLOPES,)), ("key",)),
     "alibi, learned": (site(alibi(), causal(), side=(LEARNED,)), ("key",)),
+    "alibi of half precision, learned": (site(alibi(), causal(), side=(LEARNED,), dtype=torch.bfloat16), ("distance",)),
     "alibi of half precision": (site(alibi(), side=(SLOPES,), queries=6000, keys=6000, dtype=torch.bfloat16), ("key",)),
     "alibi too long for float32": (site(alibi(), side=(SLOPES,), queries=6000, keys=6000), ("formula",)),
     "alibi of half precision, too long": (
