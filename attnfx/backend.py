@@ -19,7 +19,8 @@ from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
 from attnfx.inner import compile_inner
 from attnfx.levels import closed, forward_mode, mapped
-from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering import form_text
+from attnfx.lowering.plan import KernelPlan, choices
 from attnfx.mirror import Mirror
 from attnfx.nodes import Load, walk
 from attnfx.options import Options
@@ -214,7 +215,7 @@ def _serve(
     return SiteReport(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
-        exact=decision.exact, kernel=_source(decision), source=origin.source,
+        exact=decision.exact, kernel=_source(decision), source=origin.source, biases=_biases(decision),
     )  # fmt: skip
 
 
@@ -259,7 +260,12 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
         if isinstance(kernel, KernelPlan):
             sizes = [splicer.number(s) for s in kernel.symbols]
-            apart = (site.sink, site.weight, *(t.recipe for t in kernel.tables))  # torch's own operations around the kernel
+            apart = (
+                site.sink,
+                site.weight,
+                kernel.shift,
+                *(t.recipe for t in kernel.tables),
+            )  # torch's own operations around the kernel
             rows = [n for e in apart if e is not None for n in walk(e)]
             planned = {g.slot for g in kernel.gradients} | {n.slot for n in rows if isinstance(n, Load)}
             given = [  # what is only compared with something gets no gradient, as in the model
@@ -273,6 +279,13 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
         return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
 
     return call
+
+
+def _biases(decision: Decision) -> tuple[str, ...]:
+    """In which form the kernel meets each term that is added to the scores, as sentences."""
+    if not isinstance(decision.kernel, KernelPlan):
+        return ()
+    return tuple(dict.fromkeys(form_text.sentence(choice) for choice in choices(decision.site)))
 
 
 def _source(decision: Decision) -> str | None:

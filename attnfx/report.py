@@ -28,7 +28,7 @@ class SiteReport:
     policy chose (None: the model's own attention), `reason` why, `exact` whether the result is the model's own,
     `kernel` the generated source or None where no kernel was generated, `source` the line of the model's code, `measured` the
     error against the original where a verification measured it, `buffers` the buffers of the model whose values were read, under
-    a guard that compiles anew when they change.
+    a guard that compiles anew when they change, `biases` in which form the kernel meets each term that is added to the scores.
     """
 
     name: str
@@ -43,6 +43,7 @@ class SiteReport:
     source: str = ""
     measured: "Measured | None" = None
     buffers: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> bool:

@@ -83,7 +83,7 @@ def _site(group: Group) -> str:
         tag=escape(site.exactness),
         decision=escape(site.decision),
         formula=f'<code class="formula">{escape(str(site.site))}</code>\n',
-        reason=escape(" ".join(filter(None, (site.reason, buffers_of(group))))),
+        reason=escape(" ".join(filter(None, (site.reason, *site.biases, buffers_of(group))))),
         details=_folded("Where in the model", members) + _folded("Generated kernel", site.kernel or ""),
     )
 

@@ -77,6 +77,7 @@ def _sites(report: "Report") -> str:
         lines.extend(rest)
         lines.append(_wrapped(str(site.site), "  "))
         lines.append(_wrapped(site.reason, "  "))
+        lines.extend(_wrapped(bias, "  ") for bias in site.biases)
         if read := buffers_of(group):
             lines.append(_wrapped(read, "  "))
         if measured := [s.measured for s in group.sites if s.measured is not None]:

@@ -20,7 +20,7 @@ from attnfx import __version__
 from attnfx.expr import Expr
 from attnfx.files import replace_file
 from attnfx.integers import Ranges
-from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare
+from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
@@ -104,7 +104,9 @@ def _body(plan: KernelPlan) -> Body:
     places = {slot: n for n, slot in enumerate(plan.used_slots)}
     numbers = {s: n for n, s in enumerate(plan.kernel_symbols)}
     known = index_ranges(plan.site)
-    return Body(places, numbers, strides, Ranges(known.low, known.high))
+    body = Body(places, numbers, strides, Ranges(known.low, known.high))
+    body.unmasked = frozenset(t.slot for t in plan.tables if not may_mask(t.recipe))
+    return body
 
 
 def _function(name: str, parameters: str, plan: KernelPlan, e: Expr, base_2: bool = False, typed: bool = False) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import sympy
 import torch
@@ -63,6 +63,8 @@ class Body:
         self.positions: Mapping[sympy.Symbol, str] = {}
         #: Whether steps of the scores round to their own dtypes, too.
         self.typed = False
+        #: Slots whose numbers hold no mask, although they differ from key to key.
+        self.unmasked: frozenset[int] = frozenset()
 
     def count(self, root: Expr) -> None:
         """Learn which nodes of ``root`` are used more than once: those get a line of their own."""
@@ -96,7 +98,7 @@ class Body:
             step = _constant_factor(e)
             if step is not None:
                 return self.scaled(step[0], factor * step[1])
-        if masks and not has_score(e) and _may_mask(e):
+        if masks and not has_score(e) and may_mask(e, self.unmasked):
             return f"to_base_2({_bare(self.text(e))})"
         number = _constant(e)
         if number is not None:
@@ -288,10 +290,11 @@ def _factors(term: sympy.Expr) -> list[sympy.Expr]:
     return found
 
 
-def _may_mask(e: Expr) -> bool:
-    """Whether a term may hold a mask's finfo.min: a float loaded for each key, or such a constant."""
+def may_mask(e: Expr, unmasked: Collection[int] = ()) -> bool:
+    """Whether a term may hold a mask's finfo.min: a float loaded for each key, not from slots ``unmasked``, or such a constant."""
     for n in expr.walk(e):
-        if isinstance(n, Load) and n.dtype.is_floating_point and any(expr.depends_on(x, "j") for x in n.indices):
+        floats = isinstance(n, Load) and n.dtype.is_floating_point and n.slot not in unmasked
+        if floats and any(expr.depends_on(x, "j") for x in children(n)):
             return True
         if isinstance(n, Const) and n.value < -1e30:
             return _constant(e) is None

@@ -76,9 +76,10 @@ def _attention(
     if read.site.dropout > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan)
-    if read.has_outside:
-        return outside.applied(read, results, loads, values, with_lse), results
-    return (results[0], results[1]), results
+    out, lse = outside.applied(read, results, loads, values, with_lse) if read.has_outside else (results[0], results[1])
+    if with_lse and read.shift is not None:
+        lse = lse + outside.of_rows(read.shift, lse, loads, values)
+    return (out, lse), results
 
 
 def _flash_cpu(

@@ -58,7 +58,7 @@ def applied(
     total = lse
     if plan.site.sink is not None:
         # a sink of +inf is NaN in any softmax
-        sink = _of_rows(plan.site.sink, lse, loads, values)
+        sink = of_rows(plan.site.sink, lse, loads, values)
         sink = sink.masked_fill(sink == math.inf, math.nan)
         margin = _margin(plan, kernel, sink)
         scale = torch.sigmoid(margin)
@@ -67,7 +67,7 @@ def applied(
         if with_lse:
             total = _total(lse, sink, margin)
     if plan.outer is not None:
-        outer = _of_rows(plan.outer, lse, loads, values)
+        outer = of_rows(plan.outer, lse, loads, values)
         scale = outer if scale is None else scale * outer
     if scale is not None:
         out = (out * scale[..., None]).to(out.dtype)
@@ -103,7 +103,7 @@ def _total(lse: Tensor, sink: Tensor, margin: Tensor) -> Tensor:
     return torch.where(sink == -math.inf, lse, total)
 
 
-def _of_rows(e: Expr, like: Tensor, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> Tensor:
+def of_rows(e: Expr, like: Tensor, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> Tensor:
     """``e`` over b, h, i as (B or 1, H or 1, M or 1), in the dtype of ``like`` (B,H,M)."""
     grid = {
         name: torch.arange(like.shape[axis], device=like.device).view([-1 if axis == k else 1 for k in range(3)])

@@ -16,12 +16,12 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.expr import Const, Expr, Int, Load
 from attnfx.facts import Facts, prove
-from attnfx.lowering import tables as relative
+from attnfx.lowering import forms
 from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import BiasGradient, find
 from attnfx.lowering.outside import split
 from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
-from attnfx.lowering.tables import KEYS, Table, clamped, size_symbol
+from attnfx.lowering.tables import KEYS, TABLE_AXES, Table, clamped, size_symbol
 from attnfx.nodes import has_score
 from attnfx.serialize import (
     FormatError,
@@ -37,7 +37,7 @@ from attnfx.serialize import (
 from attnfx.site import AttentionSite, Origin, SideTensor
 
 Family = Literal["flash", "portable"]
-VERSION = 1
+VERSION = 2
 WIDEST = 256
 #: A fill at or below this meets no real score.
 UNREACHABLE = -1e30
@@ -53,7 +53,8 @@ class KernelPlan:
 
     ``site.side`` lists the caller's side tensors and then one for each of ``tables``; ``symbols`` are the size symbols whose
     values the caller passes (those of the site that the plan was made from, in its order). ``exact_rows``: rows may exist for
-    which eager's own softmax over all keys, or its NaN, must be computed.
+    which eager's own softmax over all keys, or its NaN, must be computed. ``shift``: what the score program leaves out because all
+    keys of a row share it, in b, h and i: only the LSE knows it.
     """
 
     site: AttentionSite
@@ -62,6 +63,7 @@ class KernelPlan:
     gradients: tuple[BiasGradient, ...]
     exact_rows: bool
     symbols: tuple[sympy.Symbol, ...]
+    shift: Expr | None = None
 
     @property
     def given(self) -> int:
@@ -157,17 +159,19 @@ class KernelPlan:
 
     @property
     def _expressions(self) -> tuple[Expr, ...]:
-        return (*self.site.expressions, *(t.recipe for t in self.tables))
+        shift = () if self.shift is None else (self.shift,)
+        return (*self.site.expressions, *shift, *(t.recipe for t in self.tables))
 
     def to_json(self) -> str:
         """One line of JSON; equal plans give equal text."""
         writer = Writer()
-        tables = [{"slot": t.slot, "recipe": writer.add(t.recipe), "per_head": t.per_head} for t in self.tables]
+        tables = [{"slot": t.slot, "recipe": writer.add(t.recipe), "axes": list(t.axes)} for t in self.tables]
         site = site_to_data(self.site, writer)
         data = {
             "attnfx": VERSION, "family": self.family, "exact_rows": self.exact_rows,
             "symbols": [write_symbol(s) for s in self.symbols], "site": site, "tables": tables,
-            "gradients": [_gradient_data(g, writer) for g in self.gradients], "nodes": writer.nodes,
+            "gradients": [_gradient_data(g, writer) for g in self.gradients],
+            "shift": None if self.shift is None else writer.add(self.shift), "nodes": writer.nodes,
         }  # fmt: skip
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
@@ -180,25 +184,38 @@ class KernelPlan:
 @lru_cache(maxsize=1024)
 def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ...]:
     """The plan of ``site`` for a family, or sentences that say why it has none."""
-    site = _numbered(site).replace(origin=Origin())
-    if site.literal is not None and not _needs_exact_rows(site):
-        site = site.replace(literal=None)
+    site = _readied(site)
     objections = _objections(site, family)
     if objections:
         return objections
     symbols, exact = site.symbols, _needs_exact_rows(site)
-    score = widened(clamped(site.score, site))
-    score, tables = relative.extract(score, site, len(site.side))
+    chosen = _forms(site)
+    score, tables = chosen.score, chosen.tables
     ready = site.replace(
         score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
         sink=None if site.sink is None else clamped(site.sink, site), weight=clamped(site.weight, site),
         literal=None if site.literal is None else clamped(site.literal, site),
     )  # fmt: skip
-    gradients = find(score, ready.side, [t.slot for t in tables], _shared(site))
+    gradients = find(score, ready.side, [t.slot for t in tables if t.relative], _shared(site))
     if any(isinstance(g, str) for g in gradients):
         return cast(tuple[str, ...], gradients)
-    plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols)
+    plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols, chosen.shift)
     return (_unprintable(plan) if family == "flash" else ()) or plan
+
+
+def choices(site: AttentionSite) -> tuple[forms.Choice, ...]:
+    """In which form a plan of ``site`` has each term that is added to the scores."""
+    return _forms(_readied(site)).choices
+
+
+def _readied(site: AttentionSite) -> AttentionSite:
+    """``site`` with numbers for slots, and without literal logits where no row needs them."""
+    site = _numbered(site).replace(origin=Origin())
+    return site.replace(literal=None) if site.literal is not None and not _needs_exact_rows(site) else site
+
+
+def _forms(site: AttentionSite) -> forms.Forms:
+    return forms.choose(widened(clamped(site.score, site)), site)
 
 
 def _slots(expressions: Sequence[Expr]) -> tuple[int, ...]:
@@ -310,10 +327,10 @@ def _may_hide_a_mask(score: Expr) -> bool:
 
 
 def _side(table: Table, site: AttentionSite) -> SideTensor:
-    rows = site.heads if table.per_head else sympy.Integer(1)
     slots = [cast(int, n.slot) for n in expr.walk(table.recipe) if isinstance(n, Load)]
     grad = any(site.side[s].requires_grad and site.side[s].dtype.is_floating_point for s in slots)
-    return SideTensor((rows, site.queries + site.keys - 1), table.dtype, grad)
+    shape = table.shape(site.batch, site.heads, site.queries, site.keys)
+    return SideTensor(tuple(sympy.sympify(n) for n in shape), table.dtype, grad)
 
 
 @lru_cache(maxsize=1024)
@@ -322,7 +339,7 @@ def _load(text: str) -> KernelPlan:
         data = json.loads(text)
     except (ValueError, RecursionError) as failure:
         raise FormatError(f"the plan is not JSON: {failure}") from None
-    fields(data, "plan", ("attnfx", "family", "exact_rows", "symbols", "site", "tables", "gradients", "nodes"))
+    fields(data, "plan", ("attnfx", "family", "exact_rows", "symbols", "site", "tables", "gradients", "shift", "nodes"))
     if data["attnfx"] != VERSION:
         raise FormatError(f"the plan's format is {data['attnfx']!r}; this version reads {VERSION}")
     if data["family"] not in ("flash", "portable") or not isinstance(data["exact_rows"], bool):
@@ -335,7 +352,8 @@ def _load(text: str) -> KernelPlan:
     side, symbols = len(site.side), tuple(read_symbol(s) for s in _items(data["symbols"], "symbols"))
     tables = tuple(_read_table(t, reader, side) for t in _items(data["tables"], "tables"))
     gradients = tuple(_read_gradient(g, reader, side) for g in _items(data["gradients"], "gradients"))
-    return KernelPlan(site, data["family"], tables, gradients, data["exact_rows"], symbols)
+    shift = None if data["shift"] is None else reader.get(data["shift"])
+    return KernelPlan(site, data["family"], tables, gradients, data["exact_rows"], symbols, shift)
 
 
 def _items(data: Json, what: str) -> list[Json]:
@@ -357,8 +375,11 @@ def _flag(data: Mapping[str, Json], name: str) -> bool:
 
 
 def _read_table(data: Json, reader: Reader, side: int) -> Table:
-    fields(data, "table", ("slot", "recipe", "per_head"))
-    return Table(_slot(data["slot"], side), reader.get(data["recipe"]), _flag(data, "per_head"))
+    fields(data, "table", ("slot", "recipe", "axes"))
+    axes = tuple(_items(data["axes"], "axes"))
+    if not all(isinstance(a, str) and a in TABLE_AXES for a in axes) or len(set(axes)) < len(axes) or "i-j" in axes[:-1]:
+        raise FormatError(f"the axes of a table are {list(axes)}; known: {', '.join(map(repr, TABLE_AXES))}, each once")
+    return Table(_slot(data["slot"], side), reader.get(data["recipe"]), axes)
 
 
 def _gradient_data(gradient: BiasGradient, writer: Writer) -> dict[str, Json]:

@@ -1,9 +1,10 @@
-"""What a plan changes in a score program: parts of it become relative tables, and indices are clamped to stay in range."""
+"""Tables that stand for parts of a score program, and indices that are clamped to stay in range."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -13,7 +14,6 @@ from attnfx import expr
 from attnfx.evaluate import evaluate
 from attnfx.expr import INDEX, Call, Expr, Int, Load, children
 from attnfx.integers import Ranges
-from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 
 I, J, H = INDEX["i"], INDEX["j"], INDEX["h"]
@@ -21,31 +21,54 @@ I, J, H = INDEX["i"], INDEX["j"], INDEX["h"]
 #: The number of keys, which every relative table's index needs; filled in from the key tensor at run time.
 KEYS = sympy.Symbol("attnfx_keys", integer=True, nonnegative=True)
 
-#: A formula of i - j with at most this many operations and no gather is computed in the tile.
-CHEAP = 4
+#: What an axis of a table is: an index, "i-j" (M + N - 1 distances), or "" for one element.
+TABLE_AXES = ("", "b", "h", "i", "j", "i-j")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Side tensor ``slot``, (H or 1, M + N - 1), whose element [h, i - j + N - 1] is ``recipe``: a formula in h and i - j."""
+    """Side tensor ``slot``, made once a call: its element at ``axes`` is ``recipe``, in float32 or float64.
+
+    A table of distances has the axes ("h" or "", "i-j") and holds i - j at i - j + N - 1; any other has those of "b", "h", "i", "j"
+    that the recipe depends on.
+    """
 
     slot: int
     recipe: Expr
-    per_head: bool
+    axes: tuple[str, ...]
+
+    @property
+    def relative(self) -> bool:
+        """Whether it is a table of distances."""
+        return self.axes[-1:] == ("i-j",)
+
+    @property
+    def element(self) -> Load:
+        """The load of its element for b, h, i and j."""
+        places = {"": expr.integer(0), "i-j": Int(I - J + KEYS - 1)}
+        return Load(self.slot, tuple(places[a] if a in places else expr.index(a) for a in self.axes), self.dtype)
+
+    def shape(self, batch: Any, heads: Any, queries: Any, keys: Any) -> tuple[Any, ...]:
+        """Its sizes, from sizes that are numbers or expressions."""
+        sizes = {"": 1, "b": batch, "h": heads, "i": queries, "j": keys, "i-j": queries + keys - 1}
+        return tuple(sizes[a] for a in self.axes)
 
     def build(self, query: Tensor, keys: int, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]) -> Tensor:
-        """The table for ``query`` (B,H,M,D), differentiable in ``loads``; float32, or float64 for a float64 query.
-
-        O(H * (M + N)) memory.
-        """
-        device, heads, queries, wide_query = query.device, query.shape[1], query.shape[2], query.dtype == torch.float64
-        delta = torch.arange(1 - keys, queries, device=device)
-        rows = torch.arange(heads, device=device)[:, None] if self.per_head else torch.zeros(1, 1, dtype=torch.int64, device=device)
+        """The table for ``query`` (B,H,M,D), differentiable in ``loads``; float32, or float64 for a float64 query."""
+        device, queries, wide_query = query.device, query.shape[2], query.dtype == torch.float64
+        batch, heads = query.shape[:2]
+        shape = self.shape(batch, heads, queries, keys)
+        grid = {}
+        for place, (axis, size) in enumerate(zip(self.axes, shape, strict=True)):
+            first, past = (1 - keys, queries) if axis == "i-j" else (0, size)
+            along = [-1 if d == place else 1 for d in range(len(shape))]
+            grid["i" if axis == "i-j" else axis] = torch.arange(first, past, device=device).view(along)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        grid = {name: grid.get(name, zero) for name in "bhij"}
         # Half-precision parameters are read in float32 (exactly), so that their gradients are summed in float32.
         wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in loads]
-        grid = {"h": rows, "i": delta, "j": torch.zeros_like(delta)}
         made = evaluate(self.recipe, grid, wide, values, dtype=torch.float64 if wide_query else None)
-        return made.to(torch.float64 if wide_query else self.dtype).expand(rows.shape[0], delta.shape[0]).contiguous()
+        return made.to(torch.float64 if wide_query else self.dtype).expand(shape).contiguous()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,38 +80,11 @@ def size_symbol(slot: int, axis: int) -> sympy.Symbol:
     return sympy.Symbol(f"attnfx_size_{slot}_{axis}", integer=True, positive=True)
 
 
-def extract(score: Expr, site: AttentionSite, first_slot: int) -> tuple[Expr, tuple[Table, ...]]:
-    """``score`` with its maximal relative subexpressions replaced by loads of tables, and the tables."""
-    made: dict[Expr, Table] = {}
-
-    def leaf(node: Expr) -> Expr | None:
-        if has_score(node) or not _relative(node):
-            return None
-        if not _worthwhile(node, site):
-            return node
-        if node not in made:
-            made[node] = Table(first_slot + len(made), node, per_head=expr.depends_on(node, "h"))
-        table = made[node]
-        row = expr.index("h") if table.per_head else expr.integer(0)
-        return Load(table.slot, (row, Int(I - J + KEYS - 1)), table.dtype)
-
-    return expr.rebuild(score, leaf), tuple(made.values())
-
-
-def _relative(e: Expr) -> bool:
+def relative(e: Expr) -> bool:
     """Whether a float expression depends on i and j, only through i - j, and not on b."""
     if not e.dtype.is_floating_point or not expr.depends_on(e, "i") or not expr.depends_on(e, "j") or expr.depends_on(e, "b"):
         return False
     return expr.substitute(e, {I: I + 1, J: J + 1}) == e
-
-
-def _worthwhile(e: Expr, site: AttentionSite) -> bool:
-    for n in expr.walk(e):
-        if isinstance(n, Load):
-            assert isinstance(n.slot, int)
-            if site.side[n.slot].requires_grad or any(expr.depends_on(x, "i", "j") for x in n.indices):
-                return True
-    return sum(isinstance(n, Call) and n.op != "cast" for n in expr.walk(e)) > CHEAP
 
 
 def clamped(e: Expr, site: AttentionSite) -> Expr:

@@ -7,6 +7,7 @@ import sys
 import traceback
 
 import torch
+from form_sites import examples as form_examples
 from lowering_sites import MIN32, SCALED, B, Example, I, J, causal, distance, examples, inputs, load, side, site, t5
 
 from attnfx import expr
@@ -42,7 +43,7 @@ def chosen() -> list[Example]:
             lambda dtype: (torch.randn(2, 53).half(),),
         ),
     ]
-    return found + more + [half_fills(queries) for queries in (37, 4)]
+    return found + more + form_examples() + [half_fills(queries) for queries in (37, 4)]
 
 
 def half_fills(queries: int) -> Example:

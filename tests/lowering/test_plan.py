@@ -16,7 +16,6 @@ from lowering_sites import (
     H,
     I,
     J,
-    alibi,
     causal,
     load,
     side,
@@ -45,17 +44,19 @@ def planned(s: AttentionSite) -> KernelPlan:
 def test_a_gather_by_distance_becomes_a_table() -> None:
     plan = planned(site(t5(), side=(side(32, HEADS, grad=True),)))
     assert len(plan.tables) == 1
-    assert plan.tables[0].per_head
+    assert plan.tables[0].axes == ("h", "i-j")
     assert plan.used_slots == (1,)
     assert plan.gradients == (BiasGradient(1, "diagonal", True, False, ("h", "i-j")),)
 
 
 def test_a_cheap_function_of_distance_stays_in_the_tile() -> None:
-    assert planned(site(alibi(), causal(), side=(side(HEADS),))).tables == ()
+    symmetric = SCALED + load(0, H) * expr.cast(expr.call("abs", I - J), torch.float32)
+    assert planned(site(symmetric, causal(), side=(side(HEADS),))).tables == ()
 
 
-def test_a_learned_slope_becomes_a_table() -> None:
-    plan = planned(site(alibi(), causal(), side=(side(HEADS, grad=True),)))
+def test_a_learned_function_of_distance_becomes_a_table() -> None:
+    symmetric = SCALED + load(0, H) * expr.cast(expr.call("abs", I - J), torch.float32)
+    plan = planned(site(symmetric, causal(), side=(side(HEADS, grad=True),)))
     assert [g.kind for g in plan.gradients] == ["diagonal"]
 
 

@@ -26,6 +26,11 @@ def distance() -> Tensor:
     return torch.arange(QUERIES)[:, None] - torch.arange(KEYS)
 
 
+def places() -> Tensor:
+    """Neither distances nor a product of indices."""
+    return (torch.arange(QUERIES)[:, None] * torch.arange(KEYS)) % 5
+
+
 def kept() -> Tensor:
     return distance() >= -3
 
@@ -63,6 +68,7 @@ def compared(attention: Callable[..., Tensor], *leaves: Tensor, **options: Any) 
         (lambda s, t: torch.tanh((s + t) / 5).masked_fill(~kept(), -1e9) * 5, (HEADS, QUERIES, 1)),
         (lambda s, t: torch.where(kept(), s + t, -1e4).where(kept().T[:1, :1], -1e5), (HEADS, 1, KEYS)),
         (lambda s, t: (s.view(BATCH, 2, 2, QUERIES, KEYS) + t[:, None]).view_as(s), (2, QUERIES, KEYS)),
+        (lambda s, t: (s + t[places()]).masked_fill(~kept(), -1e9), (5,)),
     ],
     ids=[
         "scaled with the scores",
@@ -75,6 +81,7 @@ def compared(attention: Callable[..., Tensor], *leaves: Tensor, **options: Any) 
         "rows in a softcap",
         "in a mask",
         "shared by groups",
+        "small table",
     ],
 )
 def test_a_bias_times_a_number_is_a_formula(logits: Bias, shape: tuple[int, ...]) -> None:
@@ -90,7 +97,7 @@ def test_a_bias_times_a_number_is_a_formula(logits: Bias, shape: tuple[int, ...]
         (lambda s, t: s + t.tanh() * 2, (HEADS, QUERIES, KEYS)),
         (lambda s, t: s + t[:, :QUERIES, None] * t[:, None], (HEADS, KEYS)),
         (lambda s, t: s + t[:, :QUERIES] + t[:, 1 : QUERIES + 1], (HEADS, QUERIES + 1, KEYS)),
-        (lambda s, t: (s + t[(torch.arange(QUERIES)[:, None] * torch.arange(KEYS)) % 5]).masked_fill(~kept(), -1e9), (5,)),
+        (lambda s, t: (s + t[:, places()]).masked_fill(~kept(), -1e9), (HEADS, 5)),
         (lambda s, t: s + torch.where(kept(), t * t, -torch.inf), (HEADS, QUERIES, KEYS)),
         (lambda s, t: s + torch.where(kept(), t, 0.5), (HEADS, QUERIES, KEYS)),
     ],

@@ -210,7 +210,7 @@ class Problem:
         source = self.loads[load.slot]
         if self.oracle is not None and source.is_floating_point():
             source = source.to(self.oracle)
-        if load.slot >= self.plan.given:
+        if load.slot >= self.plan.given and self.plan.tables[load.slot - self.plan.given].relative:
             return self._diagonals(source, block)
         names = [next((n for n, s in INDEX.items() if isinstance(x, Int) and x.value == s), None) for x in load.indices]
         zero = [isinstance(x, Int) and x.value == 0 for x in load.indices]
