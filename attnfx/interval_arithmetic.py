@@ -151,10 +151,10 @@ def _remainder(a: Interval, b: Interval) -> Interval:
 
 def of_floats(e: Call, args: list[Interval]) -> Interval | None:
     """An operation in floating point, widened."""
+    args = [Interval(expr.cast(a.low, e.dtype), expr.cast(a.high, e.dtype), a.known) for a in args]
     if e.op in ("min", "max", "neg", "abs"):
         rules: dict[str, Callable[..., Interval]] = {"min": _smaller, "max": _larger, "neg": _negated, "abs": _magnitude}
-        found = rules[e.op](*args)
-        return Interval(expr.cast(found.low, e.dtype), expr.cast(found.high, e.dtype), found.known)
+        return rules[e.op](*args)
     wide = torch.float64 if e.dtype == torch.float64 else torch.float32
     known = every(*(a.known for a in args), *(within(x, _LARGEST) for a in args for x in _ends(a)))
     a, b = args[0], args[-1]

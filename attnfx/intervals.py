@@ -186,6 +186,8 @@ class _Work:
             return None
         if e.op == "cast":
             return self._cast(e)
+        if e.dtype.is_floating_point and any(_rounded(a, e.dtype) for a in e.args[e.op == "where" :]):
+            return None
         if e.op == "where":
             return self._chosen(e)
         args = [self._operand(a, e.dtype) for a in e.args]
@@ -220,6 +222,16 @@ class _Work:
             return expr.where(c.must, x, either, dtype)
 
         return fits(Interval(end(a.low, b.low, expr.minimum), end(a.high, b.high, expr.maximum), every(a.known, b.known)), e.dtype)
+
+
+def _rounded(e: Expr, dtype: torch.dtype) -> bool:
+    """Whether an operation in ``dtype`` may round this operand first, which torch does and a kernel does not."""
+    if isinstance(e, Const | Int) and (isinstance(e, Const) or e.value.is_Integer):
+        exact = float(e.value)
+        return not expr.is_number(expr.constant(exact, dtype), exact)
+    if e.dtype.is_floating_point:
+        return e.dtype != dtype and torch.promote_types(e.dtype, dtype) != dtype
+    return dtype.itemsize < 4
 
 
 def _not(t: _Truth) -> _Truth:

@@ -28,25 +28,31 @@ class Tiling:
 
 
 def kinds(
-    found: Enclosure, tiling: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int], device: torch.device
+    found: Enclosure, tiling: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(certainly kept entirely, possibly kept somewhere) of each tile, bool (batch, heads, row tiles, key tiles)."""
+    ends = [end for p in found.profiles for end in profile_ends(p, tiling, loads, values, device)]
+    return kinds_between(found, tiling, ends, values, device)
+
+
+def kinds_between(
+    found: Enclosure, tiling: Tiling, ends: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """:func:`kinds` from the ends of the profiles, two for each."""
     t = tiling
-    ends = [end for p in found.profiles for end in profile_ends(p, t, loads, values, device)]
     i_first, j_first = (torch.arange(0, n, step, device=device) for n, step in ((t.queries, t.rows), (t.keys, t.columns)))
     corners = {
         FIRST["i"]: i_first[:, None], LAST["i"]: (i_first + t.rows).clamp(max=t.queries)[:, None] - 1,
         FIRST["j"]: j_first, LAST["j"]: (j_first + t.columns).clamp(max=t.keys) - 1,
     }  # fmt: skip
     numbers: dict[sympy.Symbol, Value] = {**values, **corners}
-    grid = _points(t, device)
     shape = (t.batch, t.heads, i_first.numel(), j_first.numel())
-    must, may = (evaluate(e, grid, ends, numbers).expand(shape) for e in (found.must, found.may))
+    must, may = (evaluate(e, _points(t, device), ends, numbers).expand(shape) for e in (found.must, found.may))
     return must, may | must
 
 
 def profile_ends(
-    profile: Profile, tiling: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int], device: torch.device
+    profile: Profile, tiling: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The least and the largest value of a profile in each tile of its side, (batch, heads, row tiles, 1) or
     (batch, heads, 1, key tiles)."""
