@@ -6,6 +6,7 @@ equal layers once. Memory is that of the tiles: S = 65536 has 512 x 1024 of them
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,12 +21,11 @@ from attnfx import expr
 from attnfx.evaluate import Value
 from attnfx.expr import Expr, Int, Load, Score
 from attnfx.intervals import Enclosure, enclose
+from attnfx.lowering.configs import OWN, WALKED
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.tables import size_symbol
 from attnfx.tiling import Tiling, kinds, kinds_between
 
-#: Rows (or keys) of the tile that a list belongs to: no kernel's own tile is larger. Keys (or rows) of the tiles in it.
-OWN, WALKED = 128, 64
 #: Fewer keys than this are visited without lists.
 KEYS = 1024
 #: Tiles that one program classifies at once, and reduces at once.
@@ -42,9 +42,6 @@ class Mask:
     slots: tuple[int, ...]
     per_batch: bool
     per_head: bool
-
-    def numbers(self, values: Mapping[sympy.Symbol, int]) -> list[int]:
-        return [values[s] for s in KernelPlan.from_json(self.text).symbols]
 
 
 def worthwhile(queries: int, keys: int) -> bool:
@@ -116,6 +113,32 @@ def shape(batch: int, heads: int, queries: int, keys: int, by_keys: bool) -> tup
     """(batch, heads, lists, places of one list)."""
     own, walked = (keys, queries) if by_keys else (queries, keys)
     return batch, heads, (own + OWN - 1) // OWN, 2 + (walked + WALKED - 1) // WALKED
+
+
+def of_call(
+    text: str, query: Tensor, key: Tensor, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The lists by rows and, where a gradient will be wanted, by keys, of a call of the plan ``text``; None where it has none."""
+    queries, keys = query.shape[2], key.shape[2]
+    small = isinstance(queries, int) and isinstance(keys, int) and not worthwhile(queries, keys)
+    mask = None if small or not kernels_run(query.device) else mask_of(text)
+    if mask is None:
+        return None, None
+    given = [loads[s].detach() for s in mask.slots]
+    batch, heads = query.shape[0] if mask.per_batch else 1, query.shape[1] if mask.per_head else 1
+    numbers = [values[s] for s in KernelPlan.from_json(mask.text).symbols]
+    grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, *loads))
+
+    def lists(by_keys: bool) -> Tensor:
+        found: Tensor = torch.ops.attnfx.blocks(given, numbers, batch, heads, queries, keys, by_keys, query.device, mask.text)
+        return found
+
+    return lists(False), lists(True) if grads else None
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device: on a CPU only inside Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def build(

@@ -15,6 +15,9 @@ import torch
 Kernel = Literal["forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias"]
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias")
 
+#: Rows (or keys) that share one list of tiles, and keys (or rows) of a tile in a list; templates/tiles.py says so too.
+OWN, WALKED = 128, 64
+
 # bytes of shared memory one block may use
 SHARED_LIMIT = {
     "sm80": 166_912,
@@ -138,6 +141,13 @@ def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, t
 def relieved(config: Config) -> Config:
     """`config` with blocks of at most 64 and its warps: a factor of the probabilities is one tile more in the registers."""
     return replace(config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64))
+
+
+def listed(kernel: Kernel, config: Config) -> Config:
+    """`config` with blocks no larger than the tiles of lists: a kernel's own tile has one list, and walks whole tiles of it."""
+    if kernel == "key_gradient":
+        return replace(config, block_m=min(config.block_m, WALKED), block_n=min(config.block_n, OWN))
+    return replace(config, block_m=min(config.block_m, OWN), block_n=min(config.block_n, WALKED))
 
 
 def fitted(config: Config, m: int, n: int) -> Config:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode
-from attnfx.lowering.configs import Config, Kernel, default, fitted, padded, relieved, target_of
+from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
@@ -87,13 +87,15 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     config: Config | None = None,
+    blocks: Tensor | None = None,
 ) -> tuple[Tensor, Residuals]:
     """O (B,H,M,DV) in v's dtype, laid out (B,M,H,DV), and the residuals, from q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV).
 
     Any strides; H a multiple of HK; head dimensions 1 to 256; one dtype of fp16, bf16, fp32. `seed` is an int64 tensor
-    of one element, needed where dropout_p > 0. Raises ValueError for what the kernels do not carry.
+    of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`). Raises
+    ValueError for what the kernels do not carry.
     """
-    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config)
+    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, blocks=blocks)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
@@ -111,9 +113,9 @@ def forward(
     with launch.device:
         run(
             flash_forward, launch.row_grid, q, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
-            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, KV_RANGE=program.kv_range,
+            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            EVEN_N=launch.n % launch.config.block_n == 0, TMA=tma, **launch.switches,
+            EVEN_N=launch.n % launch.config.block_n == 0, TMA=tma, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip
     return out, residuals
 
@@ -134,18 +136,21 @@ def backward(
     seed: Tensor | None = None,
     query_config: Config | None = None,
     key_config: Config | None = None,
+    row_blocks: Tensor | None = None,
+    key_blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous and in their dtypes, from forward's results and dO (B,H,M,DV), any strides.
 
-    `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero. Deterministic: no atomics.
+    `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero; `row_blocks`, `key_blocks` list the tiles that the mask
+    keeps, by rows and by keys. Deterministic: no atomics.
     """
-    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config)
+    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, blocks=row_blocks)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
         for grad in grads:
             grad.zero_()
         return grads
-    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config)
+    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, blocks=key_blocks)
     grad_q, grad_k, grad_v = grads
     key_tiles, value_tiles, by_keys = rows.streamed(k, v, rows.config.block_n)
     query_tiles, grad_tiles, by_rows = keys.streamed(q, grad_out, keys.config.block_m)
@@ -153,14 +158,15 @@ def backward(
         stats = _statistics(rows, out, residuals, grad_out, grad_lse)
         run(
             flash_query_gradient, rows.row_grid, q, key_tiles, value_tiles, grad_out, grad_q, stats, rows.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, SCORE_GRAD=program.score_grad,
-            KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, TMA=by_keys, **rows.switches,
+            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
+            SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, EVEN_N=rows.n % rows.config.block_n == 0, TMA=by_keys,
+            LISTS=row_blocks is not None, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, query_tiles, k, v, grad_tiles, grad_k, grad_v, stats, keys.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars,
+            k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
             SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, EVEN_M=keys.m % keys.config.block_m == 0,
-            TMA=by_rows, **keys.switches,
+            TMA=by_rows, LISTS=key_blocks is not None, **keys.switches,
         )  # fmt: skip
     return grads
 
@@ -258,6 +264,7 @@ class _Launch:
     scalars: tuple[Any, ...]
     switches: dict[str, Any]
     like: Tensor
+    blocks: Tensor | None
 
     @staticmethod
     def of(
@@ -272,6 +279,7 @@ class _Launch:
         seed: Tensor | None,
         config: Config | None,
         square: bool = False,
+        blocks: Tensor | None = None,
     ) -> _Launch:
         _check(q, k, v, dropout_p, seed)
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
@@ -279,6 +287,8 @@ class _Launch:
         exact = program.exact_rows
         usual = default(kernel, q.dtype, d, dv, recorded_target() or target_of(q.device))
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
+        if blocks is not None:
+            chosen = listed(kernel, chosen)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
         switches = {
@@ -304,12 +314,20 @@ class _Launch:
         # an empty tuple has no type to compile for
         scalars = (tuple(loads) or (q,), tuple(ints) or (0,), heads, group, m, n, float(dropout_p))
         return _Launch(
-            batch, heads, group, m, n, d, dv, exact, chosen, q if seed is None else seed, scalars, switches, q,
+            batch, heads, group, m, n, d, dv, exact, chosen, q if seed is None else seed, scalars, switches, q, blocks,
         )  # fmt: skip
 
     @property
     def empty(self) -> bool:
         return 0 in (self.batch, self.heads, self.m, self.n)
+
+    @property
+    def lists(self) -> tuple[Any, ...] | None:
+        """The lists of tiles with their strides of batch, head and list; an axis of one serves all."""
+        if self.blocks is None:
+            return None
+        batch, head, stride, _ = self.blocks.stride()
+        return self.blocks, batch * (self.blocks.shape[0] > 1), head * (self.blocks.shape[1] > 1), stride
 
     def streamed(self, a: Tensor, b: Tensor, rows: int) -> tuple[Any, Any, bool]:
         """Two tensors, the first of D, the second of DV columns, as a kernel walks over them in tiles of `rows`: tensor

@@ -79,7 +79,7 @@ def test_lists_hold_every_tile_that_is_kept(name: str, by_keys: bool) -> None:
     if name not in ("neighbourhood", "dilation in documents", "regions of heads", "times", "padding, nan", "padding, zero"):
         assert torch.equal((partial | full).expand(some.shape), some)
         assert torch.equal(full.expand(every.shape), every)
-    assert float((partial | full).float().mean()) < (0.75 if name != "neighbourhood" else 0.5)
+    assert float((partial | full).float().mean()) < 0.75
 
 
 def test_masks_that_bounds_describe_have_no_lists() -> None:
