@@ -211,8 +211,8 @@ def _positive(x: Expr) -> Expr:
 
 def within(x: Expr, limit: float) -> Expr:
     """Whether a float is no larger than ``limit`` in magnitude; false of NaN."""
-    bound = expr.constant(limit, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return expr.le(expr.call("abs", x, dtype=x.dtype), bound)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return expr.le(expr.cast(expr.call("abs", x, dtype=x.dtype), wide), expr.constant(limit, wide))
 
 
 def every(*conditions: Expr) -> Expr:

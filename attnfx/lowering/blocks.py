@@ -63,6 +63,7 @@ def mask_of(text: str) -> Mask | None:
     return Mask(made.to_json(), slots, expr.depends_on(made.site.keep, "b"), expr.depends_on(made.site.keep, "h"))
 
 
+@lru_cache(maxsize=1024)
 def decidable(plan: KernelPlan) -> bool:
     """Whether the part of a mask that has no closed form decides some tile, were its data sorted."""
     if not plan.facts.rest:

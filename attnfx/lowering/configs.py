@@ -145,9 +145,10 @@ def relieved(config: Config) -> Config:
 
 def listed(kernel: Kernel, config: Config) -> Config:
     """`config` with blocks no larger than the tiles of lists: a kernel's own tile has one list, and walks whole tiles of it."""
-    if kernel == "key_gradient":
-        return replace(config, block_m=min(config.block_m, WALKED), block_n=min(config.block_n, OWN))
-    return replace(config, block_m=min(config.block_m, OWN), block_n=min(config.block_n, WALKED))
+    own, walked = ("block_n", "block_m") if kernel == "key_gradient" else ("block_m", "block_n")
+    chosen = replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
+    # the ids of rows and keys stay in registers, too
+    return replace(chosen, num_warps=8) if chosen.block_m * chosen.block_n >= OWN * WALKED else chosen
 
 
 def fitted(config: Config, m: int, n: int) -> Config:

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from block_sites import BATCH, KEYS, QUERIES, document_ids, masks, near, same, sized
-from lowering_sites import Example, I, J, causal, load, side
+from lowering_sites import Example, I, J, causal, distance, inputs, load, side
 from torch import Tensor
 
+import attnfx.lowering.ops  # noqa: F401 - registers the operators
 from attnfx import expr
 from attnfx.evaluate import evaluate, grid_of
 from attnfx.lowering import blocks
 from attnfx.lowering.blocks import OWN, WALKED, Mask
 from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.lowering.portable import aten
+from attnfx.lowering.portable.blocks import Problem
 from attnfx.site import AttentionSite
 
 HERE = Path(__file__).parent
@@ -114,6 +117,28 @@ def test_documents_visit_few_tiles() -> None:
     triangle = sum(2 * (t + 1) for t in range(length // OWN))
     assert int(visited.sum()) < triangle / 5
     assert near(8, 1) is not None
+
+
+@pytest.mark.parametrize("way", ["fused", "textbook"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_blocks_of_rows_meet_the_keys_that_are_kept(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "KEYS", 256)
+    if way == "textbook":
+        monkeypatch.setattr(aten.Fused, "of", staticmethod(lambda problem: None))
+    s, loads = EXAMPLES[name].site, list(EXAMPLES[name].loads(torch.float32))
+    plan = make_plan(s, "portable")
+    assert isinstance(plan, KernelPlan)
+    q, k, v = inputs(s, torch.float32)
+    problem = Problem(plan, q, k, v, loads, (), None)
+    runs = [range(r, min(r + 64, QUERIES)) for r in range(0, QUERIES, 64)]
+    visited = sum(len(problem.block(range(BATCH), range(int(s.heads)), rows).keys) for rows in runs)
+    assert visited < (1.0 if name in ("window or sinks", "regions of heads") else 0.8) * KEYS * len(runs)
+    out = torch.ops.attnfx.attention(q, k, v, loads, [], plan.to_json())
+    want = s.reference(q, k, v, *loads)
+    grad = torch.randn_like(out)
+    assert distance(out, want) < 1e-5
+    for mine, theirs in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(want, (q, k, v), grad), strict=True):
+        assert distance(mine, theirs) < 3e-5
 
 
 @pytest.mark.interpreter
