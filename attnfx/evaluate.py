@@ -33,7 +33,7 @@ def evaluate(
     e: Expr,
     grid: Mapping[str, torch.Tensor],
     loads: Sequence[torch.Tensor],
-    sizes: Mapping[sympy.Symbol, int],
+    sizes: Mapping[sympy.Symbol, Value],
     *,
     score: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -42,8 +42,9 @@ def evaluate(
 ) -> torch.Tensor:
     """The value of ``e`` on ``grid`` (index name -> integer tensor, broadcastable against one another).
 
-    ``score`` is the value of :class:`Score`. ``dtype`` replaces every floating dtype of the formula (an oracle in float64);
-    None computes each operation in its own dtype, as the model does. ``known`` holds values found some faster way.
+    ``sizes`` are the values of its other symbols, ``score`` is that of :class:`Score`. ``dtype`` replaces every floating dtype of
+    the formula (an oracle in float64); None computes each operation in its own dtype, as the model does. ``known`` holds values
+    found some faster way.
     ``clamp`` moves indices into range, as a formula needs whose loads are only meant in one branch of a choice.
     """
     device = next(iter(grid.values())).device

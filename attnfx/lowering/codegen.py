@@ -36,24 +36,29 @@ FAR = 2147483647
 def source(plan: KernelPlan) -> str:
     """The module: score, score_grad, keep, kv_range, q_range where the mask has them, weight, coarse. Raises Unprintable."""
     site, parts = plan.site, []
-    parts.append(_function("score", f"dot, {ELEMENTWISE}", plan, site.score, base_2=True))
+    parts.append(function("score", f"dot, {ELEMENTWISE}", plan, site.score, base_2=True))
     if plan.score_derivative is not None:
-        parts.append(_function("score_grad", f"dot, {ELEMENTWISE}", plan, plan.score_derivative))
+        parts.append(function("score_grad", f"dot, {ELEMENTWISE}", plan, plan.score_derivative))
     if plan.masked:
-        parts.append(_function("keep", ELEMENTWISE, plan, site.keep))
+        parts.append(function("keep", ELEMENTWISE, plan, site.keep))
     if plan.weight is not None:
-        parts.append(_function("weight", ELEMENTWISE, plan, plan.weight))
+        parts.append(function("weight", ELEMENTWISE, plan, plan.weight))
     if site.literal is not None:
-        parts.append(_function("coarse", f"dot, {ELEMENTWISE}", plan, site.literal, typed=True))
+        parts.append(function("coarse", f"dot, {ELEMENTWISE}", plan, site.literal, typed=True))
     for name, letter, bounds in (("kv_range", "i", plan.key_bounds), ("q_range", "j", plan.query_bounds)):
         if bounds is not None:
             parts.append(_range_function(name, letter, plan, bounds))
+    return module_text(_header(plan), parts)
+
+
+def module_text(header: str, parts: Sequence[str]) -> str:
+    """A module of some functions, with what they import."""
     text = "\n\n\n".join(parts)
     helpers = [name for name in HELPERS if f"{name}(" in text]
     imports = "import triton\nimport triton.language as tl\n"
     if helpers:
         imports += f"\nfrom attnfx.lowering.templates.arithmetic import {', '.join(helpers)}\n"
-    return f"{_header(plan)}{imports}\n\n{text}\n"
+    return f"{header}{imports}\n\n{text}\n"
 
 
 def objections(plan: KernelPlan) -> tuple[str, ...]:
@@ -76,12 +81,12 @@ def program_of(text: str) -> Program:
     from attnfx.lowering.flash import Program
 
     plan = KernelPlan.from_json(text)
-    module, site = _module(source(plan)), plan.site
+    found, site = module(source(plan)), plan.site
     return Program(
-        score=module.score, score_grad=getattr(module, "score_grad", None), keep=getattr(module, "keep", None),
-        kv_range=getattr(module, "kv_range", None), q_range=getattr(module, "q_range", None), fill=site.fill,
+        score=found.score, score_grad=getattr(found, "score_grad", None), keep=getattr(found, "keep", None),
+        kv_range=getattr(found, "kv_range", None), q_range=getattr(found, "q_range", None), fill=site.fill,
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
-        weight=getattr(module, "weight", None), coarse=getattr(module, "coarse", None),
+        weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None),
     )  # fmt: skip
 
 
@@ -103,18 +108,23 @@ def _body(plan: KernelPlan) -> Body:
         at += len(plan.site.side[slot].shape)
     places = {slot: n for n, slot in enumerate(plan.used_slots)}
     numbers = {s: n for n, s in enumerate(plan.kernel_symbols)}
-    known = index_ranges(plan.site)
-    body = Body(places, numbers, strides, Ranges(known.low, known.high))
+    body = Body(places, numbers, strides, ranges(plan))
     body.unmasked = frozenset(t.slot for t in plan.tables if not may_mask(t.recipe))
     return body
 
 
-def _function(name: str, parameters: str, plan: KernelPlan, e: Expr, base_2: bool = False, typed: bool = False) -> str:
+def ranges(plan: KernelPlan) -> Ranges:
+    """What is known of the symbols of a plan's formulas."""
+    known = index_ranges(plan.site)
+    return Ranges(known.low, known.high)
+
+
+def function(name: str, parameters: str, plan: KernelPlan, e: Expr, base_2: bool = False, typed: bool = False) -> str:
     body = _body(plan)
     body.typed = typed
     body.count(e)
     result = body.base_2(e) if base_2 else body.text(e)
-    return _definition(name, parameters, [*body.lines, f"return {_bare(result)}"])
+    return definition(name, parameters, [*body.lines, f"return {_bare(result)}"])
 
 
 def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) -> str:
@@ -138,7 +148,7 @@ def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) ->
     ]
     if not bounds.full:
         ends[1:3] = ["0", "0"]
-    return _definition(name, f"{first}, {last}, ints", [f"return {', '.join(ends)}"])
+    return definition(name, f"{first}, {last}, ints", [f"return {', '.join(ends)}"])
 
 
 def _sum(anchor: str, text: str, offset: sympy.Expr) -> str:
@@ -149,7 +159,7 @@ def _sum(anchor: str, text: str, offset: sympy.Expr) -> str:
     return f"{anchor} - {abs(int(offset))}" if offset.is_Integer and offset < 0 else f"{anchor} + {_bare(text)}"
 
 
-def _definition(name: str, parameters: str, lines: Sequence[str]) -> str:
+def definition(name: str, parameters: str, lines: Sequence[str]) -> str:
     return "\n".join(["@triton.jit", f"def {name}({parameters}):", *(f"    {line}" for line in lines)])
 
 
@@ -178,7 +188,7 @@ def cache_directory() -> Path:
     return path
 
 
-def _module(text: str) -> ModuleType:
+def module(text: str) -> ModuleType:
     """``text`` as an imported module. Triton reads a function's source from its file, so there is one, named by its content."""
     name = f"attnfx_generated_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if name in sys.modules:
@@ -189,11 +199,11 @@ def _module(text: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
     try:
-        spec.loader.exec_module(module)
+        spec.loader.exec_module(made)
     except BaseException:
         del sys.modules[name]
         raise
-    return module
+    return made

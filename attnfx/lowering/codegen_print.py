@@ -65,6 +65,9 @@ class Body:
         self.typed = False
         #: Slots whose numbers hold no mask, although they differ from key to key.
         self.unmasked: frozenset[int] = frozenset()
+        #: Symbols that are parameters of the function; whether all integers are computed in int64.
+        self.named = {symbol: symbol.name for symbol in INDEX.values()}
+        self.wide = False
 
     def count(self, root: Expr) -> None:
         """Learn which nodes of ``root`` are used more than once: those get a line of their own."""
@@ -213,14 +216,14 @@ class Body:
 
     def integer(self, e: sympy.Expr) -> str:
         """A sympy integer expression; in int64 where it multiplies sizes, which may pass 2**31."""
-        wide = any(len(_factors(t)) > 1 for t in sympy.preorder_traversal(e) if t.is_Mul or t.is_Pow)
+        wide = self.wide or any(len(_factors(t)) > 1 for t in sympy.preorder_traversal(e) if t.is_Mul or t.is_Pow)
         return self._integer(e, wide)
 
     def _integer(self, e: sympy.Expr, wide: bool) -> str:
         if e.is_Integer:
             return str(int(e)) if e >= 0 else f"({int(e)})"
         if e.is_Symbol:
-            name = e.name if e in INDEX.values() else self.positions.get(e) or f"ints[{self.numbers[e]}]"
+            name = self.named[e] if e in self.named else self.positions.get(e) or f"ints[{self.numbers[e]}]"
             return f"tl.cast({name}, tl.int64)" if wide else name
         args = [self._integer(a, wide) for a in e.args]
         if isinstance(e, FloorDiv | Mod | PythonMod):

@@ -16,6 +16,9 @@ import torch
 Kernel = Literal["forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias"]
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias")
 
+#: Rows (or keys) that share one list of tiles, and keys (or rows) of a tile in a list; templates/tiles.py says so too.
+OWN, WALKED = 128, 64
+
 # bytes of shared memory one block may use
 SHARED_LIMIT = {
     "sm80": 166_912,
@@ -152,6 +155,14 @@ def opened(config: Config, head_dim: int, value_dim: int, target: str) -> Config
 def relieved(config: Config) -> Config:
     """`config` with blocks of at most 64 and its warps: a factor of the probabilities is one tile more in the registers."""
     return replace(config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64))
+
+
+def listed(kernel: Kernel, config: Config) -> Config:
+    """`config` with blocks no larger than the tiles of lists: a kernel's own tile has one list, and walks whole tiles of it."""
+    own, walked = ("block_n", "block_m") if kernel == "key_gradient" else ("block_m", "block_n")
+    chosen = replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
+    # the ids of rows and keys stay in registers, too
+    return replace(chosen, num_warps=8) if chosen.block_m * chosen.block_n >= OWN * WALKED else chosen
 
 
 def fitted(config: Config, m: int, n: int) -> Config:

@@ -19,17 +19,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import sympy
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnfx.lowering import launch
+from attnfx import expr
+from attnfx.expr import Load
+from attnfx.lowering import blocks, codegen, launch
 from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, Program, Residuals, backward, bias_gradient, forward
+from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.templates import samples
+from attnfx.site import AttentionSite, SideTensor
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 OPTIONS = ("num_warps", "num_stages")
@@ -92,6 +97,9 @@ EXACT = Program(
 )  # fmt: skip
 WEIGHTED = replace(EXACT, weight=samples.relative_gate)
 PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "bias, finfo.min added, weight": WEIGHTED}
+#: The program of causal attention inside of documents, whose kernels walk lists of tiles, and the kernels that make the lists.
+LISTED = "causal, documents, by lists"
+LISTS = ("profile_ends", "tile_lists")
 
 
 def check(targets: Sequence[str] = TARGETS, jobs: Sequence[Job] | None = None, processes: int = 2) -> list[Row]:
@@ -117,6 +125,8 @@ def representative(target: str) -> Iterator[Job]:
         yield Job("bias, finfo.min added", bf16, head_dim, target, biases)
     yield Job("bias, finfo.min added, weight", bf16, 128, target)
     yield Job("causal", torch.float16, 80, target)
+    for head_dim in (64, 128):
+        yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient"))
     decoding = ("decode_partial", "decode_merge")
     for dtype in (bf16, torch.float32):
         for head_dim in (64, 128, 256):
@@ -161,7 +171,6 @@ def _reason(failure: BaseException) -> str:
 
 def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     """(kernel, launch) for what the host functions would launch at an ordinary size."""
-    program = PROGRAMS[job.program]
     batch, heads, key_heads, length = 2, 8, 4, 4096
     q = torch.empty(batch, heads, length, job.head_dim, dtype=job.dtype, device="meta")
     k = torch.empty(batch, key_heads, length, job.head_dim, dtype=job.dtype, device="meta")
@@ -170,9 +179,15 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     stats = q.new_empty(q.shape[:3], dtype=torch.float32)
     residuals = Residuals(stats, stats, stats, stats[..., 0].int())
     with launch.recording(job.target) as recording:
-        forward(program, q, k, k, loads, ints)
+        rows, keys = None, None
+        if job.program == LISTED:
+            loads = [torch.empty(batch, length, dtype=torch.int64, device="meta")]
+            program, ints, rows, keys = _documents(loads, heads, length)
+        else:
+            program = PROGRAMS[job.program]
+        forward(program, q, k, k, loads, ints, blocks=rows)
         forward(program, q[:, :, :1], k, k, loads, ints)
-        backward(program, q, k, k, q, residuals, q, loads, ints)
+        backward(program, q, k, k, q, residuals, q, loads, ints, row_blocks=rows, key_blocks=keys)
         for kind in BIAS_KINDS if "tile" in job.kernels else ():
             bias_gradient(program, q, k, k, q, residuals, q, loads, ints, kind=kind, batch_broadcast=True,
                           head_broadcast=False)  # fmt: skip
@@ -182,6 +197,26 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
         if name in job.kernels and name not in seen:
             seen.add(name)
             yield name, call
+
+
+def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Program, list[int], torch.Tensor, torch.Tensor]:
+    """The program, the numbers and the lists, by rows and by keys, of causal attention inside of documents: ids (B, S)."""
+    b, i, j = (expr.index(name) for name in "bij")
+    ids = (Load(0, (b, x), torch.int64) for x in (i, j))
+    batch, rows, size = loads[0].shape[0], sympy.Integer(heads), sympy.Integer(length)
+    made = make_plan(
+        AttentionSite(
+            sympy.Integer(batch), rows, rows, size, size, 64, 64, torch.bfloat16, "cuda", 0.125 * expr.Score(),
+            expr.logical_and(expr.le(j, i), expr.eq(*ids)), empty_rows="zero",
+            side=(SideTensor((sympy.Integer(batch), size), torch.int64),), requires_grad=True,
+        ),
+        "flash",
+    )  # fmt: skip
+    assert isinstance(made, KernelPlan), made
+    mask = blocks.mask_of(made.to_json())
+    assert mask is not None
+    lists = [blocks.build(loads, (), batch, 1, length, length, by_keys, loads[0].device, mask.text) for by_keys in (False, True)]
+    return codegen.program(made), list(codegen.ints(made, made.values((), length, loads), loads)), lists[0], lists[1]
 
 
 def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:
@@ -223,6 +258,9 @@ def _type_of(
     attributes: dict[tuple[int, ...], list[list[Any]]],
 ) -> Any:
     """The type of one argument, as Triton's binder would find it; fills in constants and alignments on the way."""
+    if value is None:
+        constants[path] = None
+        return "constexpr"
     if isinstance(value, tuple):
         return tuple(_type_of(v, (*path, k), specialise, constants, attributes) for k, v in enumerate(value))
     if isinstance(value, TensorDescriptor):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode
-from attnfx.lowering.configs import Config, Kernel, default, fitted, opened, padded, relieved, target_of
+from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
@@ -87,13 +87,15 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     config: Config | None = None,
+    blocks: Tensor | None = None,
 ) -> tuple[Tensor, Residuals]:
     """O (B,H,M,DV) in v's dtype, laid out (B,M,H,DV), and the residuals, from q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV).
 
     Any strides; H a multiple of HK; head dimensions 1 to 256; one dtype of fp16, bf16, fp32. `seed` is an int64 tensor
-    of one element, needed where dropout_p > 0. Raises ValueError for what the kernels do not carry.
+    of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`). Raises
+    ValueError for what the kernels do not carry.
     """
-    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config)
+    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, blocks=blocks)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
@@ -111,9 +113,9 @@ def forward(
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
-            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, KV_RANGE=program.kv_range,
+            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            TMA=tma, **launch.even, **launch.switches,
+            TMA=tma, LISTS=blocks is not None, **launch.even, **launch.switches,
         )  # fmt: skip
     return out, residuals
 
@@ -134,18 +136,21 @@ def backward(
     seed: Tensor | None = None,
     query_config: Config | None = None,
     key_config: Config | None = None,
+    row_blocks: Tensor | None = None,
+    key_blocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous and in their dtypes, from forward's results and dO (B,H,M,DV), any strides.
 
-    `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero. Deterministic: no atomics.
+    `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero; `row_blocks`, `key_blocks` list the tiles that the mask
+    keeps, by rows and by keys. Deterministic: no atomics.
     """
-    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config)
+    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, blocks=row_blocks)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
         for grad in grads:
             grad.zero_()
         return grads
-    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config)
+    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, blocks=key_blocks)
     grad_q, grad_k, grad_v = grads
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
@@ -153,13 +158,15 @@ def backward(
         stats = _statistics(rows, out, residuals, grad_out, grad_lse)
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, SCORE_GRAD=program.score_grad,
-            KV_RANGE=program.kv_range, TMA=rows_tma, **rows.even, **rows.switches,
+            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
+            SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
+            LISTS=row_blocks is not None, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars,
-            SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma, **keys.even, **keys.switches,
+            k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
+            SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
+            LISTS=key_blocks is not None, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
 
@@ -257,6 +264,7 @@ class _Launch:
     scalars: tuple[Any, ...]
     switches: dict[str, Any]
     like: Tensor
+    blocks: Tensor | None
 
     @staticmethod
     def of(
@@ -271,6 +279,7 @@ class _Launch:
         seed: Tensor | None,
         config: Config | None,
         square: bool = False,
+        blocks: Tensor | None = None,
     ) -> _Launch:
         _check(q, k, v, dropout_p, seed)
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
@@ -281,6 +290,8 @@ class _Launch:
         if kernel == "forward" and program.keep is None and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target)
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
+        if blocks is not None:
+            chosen = listed(kernel, chosen)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
         switches = {
@@ -306,7 +317,7 @@ class _Launch:
         # an empty tuple has no type to compile for
         scalars = (tuple(loads) or (q,), tuple(ints) or (0,), heads, group, m, n, float(dropout_p))
         return _Launch(
-            batch, heads, group, m, n, d, dv, exact, chosen, q if seed is None else seed, scalars, switches, q,
+            batch, heads, group, m, n, d, dv, exact, chosen, q if seed is None else seed, scalars, switches, q, blocks,
         )  # fmt: skip
 
     @property
@@ -327,6 +338,14 @@ class _Launch:
     def even(self) -> dict[str, bool]:
         """Whether tiles end where the queries and the keys end."""
         return {"EVEN_M": self.m % self.config.block_m == 0, "EVEN_N": self.n % self.config.block_n == 0}
+
+    @property
+    def lists(self) -> tuple[Any, ...] | None:
+        """The lists of tiles with their strides of batch, head and list; an axis of one serves all."""
+        if self.blocks is None:
+            return None
+        batch, head, stride, _ = self.blocks.stride()
+        return self.blocks, batch * (self.blocks.shape[0] > 1), head * (self.blocks.shape[1] > 1), stride
 
     @property
     def row_grid(self) -> tuple[int]:

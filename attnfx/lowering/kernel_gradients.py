@@ -25,18 +25,20 @@ def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     text: str,
+    row_blocks: Tensor | None = None,
+    key_blocks: Tensor | None = None,
 ) -> list[Tensor]:
-    """The same contract as `portable.backward`; ``text`` is the plan's JSON."""
+    """The same contract as `portable.backward`; ``text`` is the plan's JSON, the rest the lists of tiles that its mask keeps."""
     values = plan.values(sizes, k.shape[2], loads)
     numbers = codegen.ints(plan, values, loads)
     program, tensors = codegen.program_of(text), codegen.pointers(plan, loads)
     residuals = flash.Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
     dropout = plan.site.dropout
-    grads = list(
-        flash.backward(
-            program, q, k, v, result.out, residuals, grad_out, tensors, numbers, grad_lse=grad_lse, dropout_p=dropout, seed=seed
-        )
-    )
+    found = flash.backward(
+        program, q, k, v, result.out, residuals, grad_out, tensors, numbers, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
+        row_blocks=row_blocks, key_blocks=key_blocks,
+    )  # fmt: skip
+    grads = list(found)
     for g in plan.gradients:
         if g.kind == "row":
             total = portable.of_rows(result.out, grad_out, grad_lse, torch.float32)

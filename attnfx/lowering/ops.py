@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import outside, portable
+from attnfx.lowering import blocks, outside, portable
 from attnfx.lowering.plan import KernelPlan
 
 LIBRARY: Any = torch.library.Library("attnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _FLASH = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, Tensor? seed, str plan"
+_LISTS = "Tensor? row_blocks=None, Tensor? key_blocks=None"
+_BLOCKS = (
+    "Tensor[] loads, SymInt[] sizes, SymInt batch, SymInt heads, SymInt queries, SymInt keys, bool by_keys, Device device, str plan"
+)
 _RESULT = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum, Tensor degenerate"
 
 _ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan"
@@ -28,8 +32,9 @@ _ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] s
 LIBRARY.define(f"attention({_ATTENTION}) -> Tensor")
 LIBRARY.define(f"attention_lse({_ATTENTION}) -> (Tensor out, Tensor lse)")
 LIBRARY.define(f"attention_unnormalised({_ATTENTION}) -> (Tensor out, Tensor sums, Tensor maxima)")
-LIBRARY.define(f"flash({_FLASH}) -> ({_RESULT})", tags=_TAGS)
-LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]", tags=_TAGS)
+LIBRARY.define(f"flash({_FLASH}, {_LISTS}) -> ({_RESULT})", tags=_TAGS)
+LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? grad_lse, {_LISTS}) -> Tensor[]", tags=_TAGS)
+LIBRARY.define(f"blocks({_BLOCKS}) -> Tensor", tags=_TAGS)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str) -> Tensor:
@@ -75,23 +80,20 @@ def _attention(
     seed = None
     if read.site.dropout > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-    results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan)
+    lists = blocks.of_call(plan, query, key, loads, values)
+    results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan, *lists)
     out, lse = outside.applied(read, results, loads, values, with_lse) if read.has_outside else (results[0], results[1])
     if with_lse and read.shift is not None:
         lse = lse + outside.of_rows(read.shift, lse, loads, values)
     return (out, lse), results
 
 
-def _flash_cpu(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str
-) -> portable.Result:
-    return _forward(_has_kernel(KernelPlan.from_json(plan), interpreted=True), q, k, v, loads, sizes, seed, plan)
+def _flash_cpu(*args: Any) -> portable.Result:
+    return _forward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=True), *args)
 
 
-def _flash_cuda(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str
-) -> portable.Result:
-    return _forward(_has_kernel(KernelPlan.from_json(plan), interpreted=False), q, k, v, loads, sizes, seed, plan)
+def _flash_cuda(*args: Any) -> portable.Result:
+    return _forward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=False), *args)
 
 
 def _has_kernel(plan: KernelPlan, interpreted: bool) -> bool:
@@ -100,7 +102,16 @@ def _has_kernel(plan: KernelPlan, interpreted: bool) -> bool:
 
 
 def _forward(
-    kernel: bool, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, text: str
+    kernel: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    seed: Tensor | None,
+    text: str,
+    row_blocks: Tensor | None = None,
+    key_blocks: Tensor | None = None,
 ) -> portable.Result:
     plan = KernelPlan.from_json(text)
     if not kernel or k.shape[2] == 0:
@@ -109,7 +120,10 @@ def _forward(
 
     numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), loads)
     tensors = codegen.pointers(plan, loads)
-    out, r = flash.forward(codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed)
+    walked = row_blocks if blocks.worthwhile(q.shape[2], k.shape[2]) else None
+    out, r = flash.forward(
+        codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked
+    )
     return portable.Result(out, r.lse, r.row_max, r.row_sum, r.degenerate)
 
 
@@ -137,18 +151,22 @@ def _backward(
     degenerate: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    row_blocks: Tensor | None = None,
+    key_blocks: Tensor | None = None,
 ) -> list[Tensor]:
     plan, result = KernelPlan.from_json(text), portable.Result(out, lse, row_max, row_sum, degenerate)
     if not kernel or k.shape[2] == 0:
         return portable.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse)
     from attnfx.lowering import kernel_gradients
 
-    return kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text)
+    lists = (row_blocks, key_blocks) if blocks.worthwhile(q.shape[2], k.shape[2]) else (None, None)
+    return kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text, *lists)
 
 
 def _flash_fake(
-    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str
-) -> portable.Result:
+    q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str,
+    *lists: Tensor | None,
+) -> portable.Result:  # fmt: skip
     return portable.new_result(KernelPlan.from_json(plan), q, k, v)
 
 
@@ -160,9 +178,10 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, loads, sizes, seed, plan = inputs
+    q, k, v, loads, sizes, seed, plan, *lists = inputs
     ctx.loads, ctx.sizes, ctx.has_seed, ctx.plan = len(loads), list(sizes), seed is not None, plan
-    ctx.save_for_backward(q, k, v, *loads, *([seed] if seed is not None else []), *output)
+    ctx.lists = [t is not None for t in lists]
+    ctx.save_for_backward(q, k, v, *loads, *([seed] if seed is not None else []), *output, *(t for t in lists if t is not None))
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -172,17 +191,35 @@ def _flash_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, 
     q, k, v, *saved = ctx.saved_tensors
     loads, saved = saved[: ctx.loads], saved[ctx.loads :]
     seed, results = (saved[0], saved[1:]) if ctx.has_seed else (None, saved)
+    results, saved = results[:5], iter(results[5:])
+    lists = [next(saved) if given else None for given in ctx.lists]
     _check_planned(plan, ctx.needs_input_grad[3])
     grads: list[Tensor | None] = [None] * ctx.loads
     # torch reads a list of numbers as one argument, and an empty list as a list of tensors
     no_sizes: list[None] | None = None if ctx.sizes else []
+    nothing = (None,) * (len(ctx.needs_input_grad) - 5)  # arguments that were left out have no place
     if grad_out is None and grad_lse is None:
-        return None, None, None, grads, no_sizes, None, None
+        return None, None, None, grads, no_sizes, *nothing
     grad_out = torch.zeros_like(results[0]) if grad_out is None else grad_out
-    dq, dk, dv, *rest = torch.ops.attnfx.flash_backward(q, k, v, loads, ctx.sizes, seed, ctx.plan, *results, grad_out, grad_lse)
+    dq, dk, dv, *rest = torch.ops.attnfx.flash_backward(
+        q, k, v, loads, ctx.sizes, seed, ctx.plan, *results, grad_out, grad_lse, *lists
+    )
     for gradient, grad in zip(plan.gradients, rest, strict=True):
         grads[gradient.slot] = grad
-    return dq, dk, dv, grads, no_sizes, None, None
+    return dq, dk, dv, grads, no_sizes, *nothing
+
+
+def _blocks(
+    loads: Sequence[Tensor], sizes: Sequence[int], batch: int, heads: int, queries: int, keys: int, by_keys: bool,
+    device: torch.device, plan: str,
+) -> Tensor:  # fmt: skip
+    return blocks.build(loads, sizes, batch, heads, queries, keys, by_keys, device, plan)
+
+
+def _blocks_fake(
+    loads: Sequence[Tensor], sizes: Any, batch: int, heads: int, queries: int, keys: int, by_keys: bool, device: Any, plan: str
+) -> Tensor:
+    return torch.empty(blocks.shape(batch, heads, queries, keys, by_keys), dtype=torch.int32, device=device)
 
 
 def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
@@ -206,12 +243,14 @@ def _register() -> None:
     LIBRARY.impl("flash_backward", _backward_cpu, "CPU")
     LIBRARY.impl("flash_backward", _backward_cuda, "CUDA")
     torch.library.register_fake("attnfx::flash", _flash_fake, lib=LIBRARY)
+    LIBRARY.impl("blocks", _blocks, "CompositeExplicitAutograd")
+    torch.library.register_fake("attnfx::blocks", _blocks_fake, lib=LIBRARY)
     torch.library.register_fake("attnfx::flash_backward", _backward_fake, lib=LIBRARY)
     torch.library.register_autograd("attnfx::flash", _flash_autograd, setup_context=_setup, lib=LIBRARY)
     second, kept = transforms.second_derivative, transforms.keep_inputs
     torch.library.register_autograd("attnfx::flash_backward", second, setup_context=kept, lib=LIBRARY)
     torch.library.register_vmap("attnfx::attention", transforms.vmap_attention, lib=LIBRARY)
-    for name in ("attention_lse", "attention_unnormalised", "flash", "flash_backward"):
+    for name in ("attention_lse", "attention_unnormalised", "flash", "flash_backward", "blocks"):
         torch.library.register_vmap(f"attnfx::{name}", mapped.looped(name), lib=LIBRARY)
 
 

@@ -22,7 +22,8 @@ from attnfx.expr import INDEX
 from attnfx.lowering import mapped
 from attnfx.lowering.plan import KernelPlan
 
-_ARGUMENTS = 14
+#: The arguments of ``attnfx::flash_backward`` before the lists of tiles, which may be left out; the two gradients are the last.
+_GIVEN = 14
 
 
 def vmap_attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -53,7 +54,8 @@ def _folded(operator: Any, examples: int, in_dims: Sequence[Any], args: Sequence
 
 def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Saves what :func:`second_derivative` needs of a call of ``attnfx::flash_backward``."""
-    q, k, v, loads, sizes, _, plan, *_, grad_out, grad_lse = inputs
+    q, k, v, loads, sizes, _, plan = inputs[:7]
+    grad_out, grad_lse = inputs[_GIVEN - 2 : _GIVEN]
     ctx.loads, ctx.sizes, ctx.plan, ctx.with_lse = len(loads), list(sizes), plan, grad_lse is not None
     ctx.save_for_backward(q, k, v, *loads, grad_out)
 
@@ -83,8 +85,9 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     for gradient, found in zip(plan.gradients, second[3:-1], strict=True):
         by_slot[gradient.slot] = found
     no_sizes: list[None] | None = None if ctx.sizes else []
-    nothing = (None,) * (_ARGUMENTS - 9)
-    return (*second[:3], by_slot, no_sizes, None, None, *nothing, second[-1], None)
+    nothing = (None,) * (_GIVEN - 9)
+    lists = (None,) * (len(ctx.needs_input_grad) - _GIVEN)  # only where they were given
+    return (*second[:3], by_slot, no_sizes, None, None, *nothing, second[-1], None, *lists)
 
 
 def _plain(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, default
-from attnfx.lowering.crosscompile import TARGETS, Job, check
+from attnfx.lowering.crosscompile import LISTED, LISTS, TARGETS, Job, check
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -24,6 +24,13 @@ def test_training_compiles_for_hopper_without_spills(head_dim: int) -> None:
     rows = check(["sm90"], [Job("causal", torch.bfloat16, head_dim, "sm90")], processes=1)
     assert {row.template for row in rows} == {"forward", "query_gradient", "key_gradient"}
     assert [row for row in rows if not row.ok] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_lists_compile_without_spills(target: str) -> None:
+    rows = check([target], [Job(LISTED, torch.bfloat16, 64, target, (*LISTS, "forward"))], processes=1)
+    assert {row.template for row in rows} == {*LISTS, "forward"}
+    assert [row for row in rows if not row.ok or (row.spills and row.template in LISTS)] == []
 
 
 def test_unknown_target_is_refused() -> None:

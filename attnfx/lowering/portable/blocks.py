@@ -13,14 +13,19 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.evaluate import evaluate, integer
 from attnfx.expr import INDEX, Expr, Int, Load
+from attnfx.intervals import enclose
+from attnfx.lowering import blocks as lists
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable.philox import dropout_scale
 from attnfx.lowering.ranges import FIRST, LAST, Candidates
+from attnfx.tiling import Tiling, kinds
 
 #: Scores in one block: 4 MB of float32.
 ELEMENTS = 1 << 20
 #: Rows of a block, where that many fit.
 ROWS = 128
+#: Rows and keys of the tiles that a mask without closed-form bounds is judged by.
+TILE = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,30 @@ class Problem:
                 yield self.block(batches, heads, range(first, min(first + step, rows.stop)))
 
     def block(self, batches: range, heads: range, rows: range) -> Block:
-        return Block(batches, heads, rows, *self._keys(rows))
+        keys, full = self._keys(rows)
+        return Block(
+            batches, heads, rows, keys if self.kept is None else self._kept_keys(self.kept, batches, heads, rows, keys), full
+        )
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """Whether the mask may keep something of a tile, bool (B or 1, H or 1, tiles of TILE[0] rows, tiles of TILE[1] keys); None
+        where its bounds say as much."""
+        keep, few = self.plan.site.keep, self.keys < lists.KEYS or self.rows < TILE[0]
+        if few or self.q.device.type != "cpu" or not lists.decidable(self.plan):
+            return None
+        batch, heads = (n if expr.depends_on(keep, name) else 1 for n, name in ((self.batch, "b"), (self.heads, "h")))
+        tiling = Tiling(batch, heads, self.rows, self.keys, *TILE)
+        return kinds(enclose(keep), tiling, self.loads, self.values, self.q.device)[1]
+
+    def _kept_keys(self, kept: Tensor, batches: range, heads: range, rows: range, keys: range) -> range:
+        """The part of ``keys`` from the first tile to the last that any batch and head of the block keeps something of."""
+        runs = [slice(r.start, r.stop) if n > 1 else slice(None) for r, n in zip((batches, heads), kept.shape, strict=False)]
+        tiles = kept[(*runs, slice(rows.start // TILE[0], -(-rows.stop // TILE[0])))].flatten(0, 2).any(0).nonzero()
+        if not len(tiles):
+            return range(keys.start, keys.start)
+        lo = max(keys.start, int(tiles[0]) * TILE[1])
+        return range(lo, max(lo, min(keys.stop, (int(tiles[-1]) + 1) * TILE[1])))
 
     def _keys(self, rows: range) -> tuple[range, bool]:
         everything = range(self.keys)

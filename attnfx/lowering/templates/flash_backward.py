@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from attnfx.lowering.templates.gradient import gradient_range, logit_gradient, row_statistics, softmax_weights
+from attnfx.lowering.templates.gradient import gradient_walks, logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start, within
 
@@ -63,6 +63,7 @@ def flash_query_gradient(
     M,
     N,
     dropout_p,
+    blocks,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -84,6 +85,7 @@ def flash_query_gradient(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate);
     grid (row tiles * B * H,)."""
@@ -124,22 +126,21 @@ def flash_query_gradient(
     literal = False
     if EXACT_ROWS:
         literal = tl.min(row_sum, 0) < 0.0
-    lo, full_lo, full_hi, hi = gradient_range(
-        i_first, i_last, N, ints, literal, KV_RANGE, KEEP, EXACT_ROWS, BLOCK_N,
+    full, masked = gradient_walks(
+        i_first, i_last, N, ints, blocks, b, h, literal, KV_RANGE, KEEP, EXACT_ROWS, BLOCK_N, LISTS,
     )  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    gap = full_hi - full_lo
-    if KEEP is None or KV_RANGE is not None:
+    if KEEP is None or KV_RANGE is not None or LISTS:
         acc = _visit_keys(
-            acc, q_tile, grad_tile, keys, values, statistics, full_lo, full_hi, 0, 0, i, N, at, noise, loads,
+            acc, q_tile, grad_tile, keys, values, statistics, full[0], full[1], full[2], full[3], i, N, at, noise, loads,
             ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
-            BLOCK_DV, STAGES, PRECISION, TMA,
+            BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
         acc = _visit_keys(
-            acc, q_tile, grad_tile, keys, values, statistics, lo, hi - gap, full_lo, gap, i, N, at, noise, loads,
+            acc, q_tile, grad_tile, keys, values, statistics, masked[0], masked[1], masked[2], masked[3], i, N, at, noise, loads,
             ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D,
-            BLOCK_DV, STAGES, PRECISION, TMA,
+            BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
         )  # fmt: skip
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
     tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
@@ -181,6 +182,7 @@ def _visit_keys(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel."""
     b, h, _ = at
@@ -188,9 +190,7 @@ def _visit_keys(
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[:, None]
     for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        start = position
-        if MASKED:
-            start = tile_start(position, split, gap)
+        start = tile_start(position, split, gap, MASKED, LISTS)
         offs_j = start + offs_n
         inside = (offs_j < N)[None, :]
         j = offs_j[None, :]
@@ -234,6 +234,7 @@ def flash_key_gradient(
     M,
     N,
     dropout_p,
+    blocks,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -255,6 +256,7 @@ def flash_key_gradient(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     """grad_k (B,HK,N,D) and grad_v (B,HK,N,DV): one key tile a program, which walks the query heads of its group and
     their rows, so that every sum has one owner and one order; grid (key tiles * B * HK,)."""
@@ -292,21 +294,22 @@ def flash_key_gradient(
         literal = False
         if EXACT_ROWS:
             literal = tl.load(stats[4] + bh) != 0
-        lo, full_lo, full_hi, hi = gradient_range(j_first, j_last, M, ints, literal, Q_RANGE, KEEP, EXACT_ROWS, BLOCK_M)
+        full, masked = gradient_walks(
+            j_first, j_last, M, ints, blocks, b, h, literal, Q_RANGE, KEEP, EXACT_ROWS, BLOCK_M, LISTS,
+        )  # fmt: skip
         queries = row_stream(q, q_strides, b, h, offs_m, offs_d, TMA)
         grads = row_stream(grad_o, grad_o_strides, b, h, offs_m, offs_dv, TMA)
-        gap = full_hi - full_lo
-        if KEEP is None or Q_RANGE is not None:
+        if KEEP is None or Q_RANGE is not None or LISTS:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, grads, stats, full_lo, full_hi, 0, 0, j, M, at, noise, loads,
+                dk, dv, k_tile, v_tile, queries, grads, stats, full[0], full[1], full[2], full[3], j, M, at, noise, loads,
                 ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
-                BLOCK_DV, STAGES, PRECISION, TMA,
+                BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, grads, stats, lo, hi - gap, full_lo, gap, j, M, at, noise,
+                dk, dv, k_tile, v_tile, queries, grads, stats, masked[0], masked[1], masked[2], masked[3], j, M, at, noise,
                 loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
-                BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
+                BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
             )  # fmt: skip
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
     tl.store(k_out, dk.to(grad_k.dtype.element_ty), mask=key_ok & d_ok)
@@ -351,6 +354,7 @@ def _visit_rows(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions as
     in the forward kernel, of rows."""
@@ -359,9 +363,7 @@ def _visit_rows(
     d_ok = (tl.arange(0, BLOCK_D) < D)[None, :]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
     for position in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
-        start = position
-        if MASKED:
-            start = tile_start(position, split, gap)
+        start = tile_start(position, split, gap, MASKED, LISTS)
         offs_i = start + offs_m
         row_ok = offs_i < M
         i = offs_i[None, :]

@@ -12,7 +12,7 @@ from attnfx.lowering.templates.tiles import (
     probability_factor,
     row_pointers,
     tile_start,
-    visited_range,
+    walks,
     within,
 )
 
@@ -39,6 +39,7 @@ def flash_forward(
     M,
     N,
     dropout_p,
+    blocks,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -62,6 +63,7 @@ def flash_forward(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
 
@@ -100,20 +102,21 @@ def flash_forward(
 
     i_first = tile * BLOCK_M
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
-    lo, full_lo, full_hi, hi = visited_range(i_first, i_last, N, ints, KV_RANGE, KEEP, BLOCK_N)
+    full, masked = walks(i_first, i_last, N, ints, blocks, b, h, KV_RANGE, KEEP, BLOCK_N, LISTS)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    gap = full_hi - full_lo
-    if KEEP is None or KV_RANGE is not None:
+    if KEEP is None or KV_RANGE is not None or LISTS:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, full_lo, full_hi, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
+            acc, l, m, q_tile, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE, KEEP,
             WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
+            LISTS,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
+            acc, l, m, q_tile, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
+            LISTS,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -184,20 +187,18 @@ def _visit(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    LISTS: tl.constexpr = False,
 ):
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
-    Positions run from lo to hi. Where MASKED, those from `split` on lie `gap` keys further: one loop serves the masked
-    tiles on either side of the unmasked ones. `low` [BLOCK_M]: the rows that COARSE is for, where LITERAL.
+    Positions run from lo to hi; `tile_start` says where they lie. `low` [BLOCK_M]: the rows that COARSE is for, where LITERAL.
     """
     b, h, _ = at
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
     for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        start = position
-        if MASKED:
-            start = tile_start(position, split, gap)
+        start = tile_start(position, split, gap, MASKED, LISTS)
         offs_j = start + offs_n
         inside = offs_j < N
         # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from attnfx.lowering.templates.tiles import LN2, LOG2E, visited_range
+from attnfx.lowering.templates.tiles import LN2, LOG2E, walks
 
 
 @triton.jit
@@ -35,25 +35,31 @@ def load_row(pointers, ok, other, MASKED: tl.constexpr):
 
 
 @triton.jit
-def gradient_range(
+def gradient_walks(
     first,
     last,
     limit,
     ints,
+    blocks,
+    b,
+    h,
     literal,
     RANGE: tl.constexpr,
     KEEP: tl.constexpr,
     EXACT_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
-    """`visited_range`, but all of [0, limit) masked where the scalar `literal` is set: there every key has a weight."""
-    lo, full_lo, full_hi, hi = visited_range(first, last, limit, ints, RANGE, KEEP, BLOCK)
+    """`walks`, but all of [0, limit) masked where the scalar `literal` is set: there every key has a weight."""
+    full, masked = walks(first, last, limit, ints, blocks, b, h, RANGE, KEEP, BLOCK, LISTS)
     if EXACT_ROWS:
-        lo = tl.where(literal, 0, lo)
-        full_lo = tl.where(literal, 0, full_lo)
-        full_hi = tl.where(literal, 0, full_hi)
-        hi = tl.where(literal, limit, hi)
-    return lo, full_lo, full_hi, hi
+        split = masked[2]
+        if not LISTS:
+            split = tl.where(literal, 0, split)
+        gap = tl.where(literal, 0, masked[3])
+        masked = (tl.where(literal, 0, masked[0]), tl.where(literal, limit, masked[1]), split, gap)
+        full = (tl.where(literal, 0, full[0]), tl.where(literal, 0, full[1]), full[2], full[3])
+    return full, masked
 
 
 @triton.jit

@@ -6,6 +6,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# rows (or keys) that share a list of tiles, and keys (or rows) of a tile in it
+OWN = tl.constexpr(128)
+WALKED = tl.constexpr(64)
 
 
 @triton.jit
@@ -76,10 +79,37 @@ def visited_range(first, last, limit, ints, RANGE: tl.constexpr, KEEP: tl.conste
 
 
 @triton.jit
-def tile_start(position, split, gap):
-    """Where a masked tile starts: masked tiles before the unmasked ones and behind them are walked in one loop, which
-    costs fewer registers than two."""
-    return position + tl.where(position >= split, gap, 0)
+def walks(
+    first, last, limit, ints, blocks, b, h, RANGE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr
+):  # fmt: skip
+    """The unmasked and the masked tiles of a run of rows or keys, each as (first position, end, split, gap) of `tile_start`:
+    by `visited_range`, or those of a list in `blocks` = (lists, strides of batch, head, list); see templates/classify.py."""
+    if LISTS:
+        lists, batch_stride, head_stride, stride = blocks
+        row = lists + b.to(tl.int64) * batch_stride + h.to(tl.int64) * head_stride + (first // OWN).to(tl.int64) * stride
+        masked = (0, tl.load(row) * WALKED, row + 2, 1)
+        full = (0, tl.load(row + 1) * WALKED, row + stride - 1, -1)
+    else:
+        lo, full_lo, full_hi, hi = visited_range(first, last, limit, ints, RANGE, KEEP, BLOCK)
+        gap = full_hi - full_lo
+        masked = (lo, hi - gap, full_lo, gap)
+        full = (full_lo, full_hi, 0, 0)
+    return full, masked
+
+
+@triton.jit
+def tile_start(position, split, gap, MASKED: tl.constexpr, LISTS: tl.constexpr):
+    """Where the tile at a position starts. Masked tiles before the unmasked ones and `gap` behind them are walked in one loop,
+    which costs fewer registers than two. Of LISTS `split` points to the first place in a list, and `gap` is the step to the
+    next one, 0 for tiles in their own order."""
+    start = position
+    if LISTS:
+        place = position // WALKED
+        tile = tl.load(split + place * gap)
+        start = tl.where(gap == 0, position, (tile - place) * WALKED + position)
+    elif MASKED:
+        start = position + tl.where(position >= split, gap, 0)
+    return start
 
 
 @triton.jit
