@@ -285,10 +285,11 @@ class _Launch:
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
         group = heads // max(k.shape[1], 1)
         exact = program.exact_rows
-        usual = default(kernel, q.dtype, d, dv, recorded_target() or target_of(q.device))
+        target = recorded_target() or target_of(q.device)
+        usual = default(kernel, q.dtype, d, dv, target)
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
-            chosen = listed(kernel, chosen)
+            chosen = listed(kernel, chosen, target)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
         switches = {
