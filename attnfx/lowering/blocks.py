@@ -125,7 +125,7 @@ def of_call(
     mask = None if small or not kernels_run(query.device) else mask_of(text)
     if mask is None:
         return None, None
-    given = [loads[s].detach() for s in mask.slots]
+    given = [loads[s].detach() if loads[s].requires_grad else loads[s] for s in mask.slots]
     batch, heads = query.shape[0] if mask.per_batch else 1, query.shape[1] if mask.per_head else 1
     numbers = [values[s] for s in KernelPlan.from_json(mask.text).symbols]
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, *loads))

@@ -157,12 +157,13 @@ def relieved(config: Config) -> Config:
     return replace(config, block_m=min(config.block_m, 64), block_n=min(config.block_n, 64))
 
 
-def listed(kernel: Kernel, config: Config) -> Config:
+def listed(kernel: Kernel, config: Config, target: str) -> Config:
     """`config` with blocks no larger than the tiles of lists: a kernel's own tile has one list, and walks whole tiles of it."""
     own, walked = ("block_n", "block_m") if kernel == "key_gradient" else ("block_m", "block_n")
     chosen = replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
-    # the ids of rows and keys stay in registers, too
-    return replace(chosen, num_warps=8) if chosen.block_m * chosen.block_n >= OWN * WALKED else chosen
+    # the ids of rows and keys stay in registers, too; AMD's four warps have 64 lanes each
+    large = chosen.block_m * chosen.block_n >= OWN * WALKED and target.startswith("sm")
+    return replace(chosen, num_warps=8) if large else chosen
 
 
 def fitted(config: Config, m: int, n: int) -> Config:

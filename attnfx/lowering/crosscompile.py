@@ -126,7 +126,7 @@ def representative(target: str) -> Iterator[Job]:
     yield Job("bias, finfo.min added, weight", bf16, 128, target)
     yield Job("causal", torch.float16, 80, target)
     for head_dim in (64, 128):
-        yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient"))
+        yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient", *BIAS_KINDS))
     decoding = ("decode_partial", "decode_merge")
     for dtype in (bf16, torch.float32):
         for head_dim in (64, 128, 256):
@@ -190,7 +190,7 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
         backward(program, q, k, k, q, residuals, q, loads, ints, row_blocks=rows, key_blocks=keys)
         for kind in BIAS_KINDS if "tile" in job.kernels else ():
             bias_gradient(program, q, k, k, q, residuals, q, loads, ints, kind=kind, batch_broadcast=True,
-                          head_broadcast=False)  # fmt: skip
+                          head_broadcast=False, blocks=rows)  # fmt: skip
     seen = set()
     for call in recording.calls:
         name = call.keywords.get("KIND") or call.kernel.__name__.removeprefix("flash_")

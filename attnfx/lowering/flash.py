@@ -194,9 +194,10 @@ def bias_gradient(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     config: Config | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
     """Gradient, fp32, of a side tensor that is added with weight 1 to the natural logits, or to the raw dots if `inside`;
-    BB is 1 or B, BH is 1 or H.
+    BB is 1 or B, BH is 1 or H; `blocks` lists the tiles that the mask keeps, by rows.
 
     tile      (BB,BH,M,N), indexed [b, h, i, j]
     column    (BB,BH,N), indexed [b, h, j]
@@ -204,7 +205,7 @@ def bias_gradient(
     Deterministic: no atomics.
     """
     kernel: dict[str, Kernel] = {"tile": "tile_bias", "column": "column_bias", "diagonal": "diagonal_bias"}
-    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, square=kind == "diagonal")
+    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, kind == "diagonal", blocks)
     m, n, block = launch.m, launch.n, launch.config.block_n
     row_tiles, key_tiles = -(-m // launch.config.block_m), -(-n // block)
     owners = 1 if batch_broadcast else launch.batch, 1 if head_broadcast else launch.heads
@@ -221,9 +222,9 @@ def bias_gradient(
         stats = _statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
-            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.batch,
+            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
-            SCORE_GRAD=program.score_grad if inside else None, **launch.switches,
+            SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip
     if kind == "diagonal":
         first = key_tiles * block - (n - 1)
@@ -291,7 +292,7 @@ class _Launch:
             usual = opened(usual, d, dv, target)
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
-            chosen = listed(kernel, chosen)
+            chosen = listed(kernel, chosen, target)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
         switches = {

@@ -48,7 +48,7 @@ def backward(
             total = flash.bias_gradient(
                 program, q, k, v, result.out, residuals, grad_out, tensors, numbers, kind=g.kind, batch_broadcast=g.batch_broadcast,
                 head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
-                inside=g.inside,
+                inside=g.inside, blocks=row_blocks,
             )  # fmt: skip
         grads.append(to_layout(g, total, loads[g.slot], values))
     return grads

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from block_sites import BATCH, KEYS, QUERIES, masks
+from block_sites import BATCH, KEYS, QUERIES, biased, masks
 from lowering_sites import Example, distance, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,13 +43,22 @@ def walked(example: Example) -> dict[str, float]:
     with Counted() as counted:
         out, lse = torch.ops.attnfx.attention_lse(q, k, v, loads, [], text)
         grad, grad_lse = torch.randn_like(out), torch.randn_like(lse).masked_fill(lse.isinf() | lse.isnan(), 0.0)
-        mine = torch.autograd.grad((out, lse), (q, k, v), (grad, grad_lse))
+        learned = [t for t in loads if t.requires_grad]
+        mine = torch.autograd.grad((out, lse), (q, k, v, *learned), (grad, grad_lse))
     assert counted.blocks == 2, "lists by rows and by keys"
     wide = [t.detach() for t in (q, k, v)]
+    tables = [t.build(q, KEYS, loads, plan.values((), KEYS, loads)) for t in plan.tables]
+    loads = [t.detach() for t in (*loads, *tables)]
     theirs = portable.forward(plan, *wide, loads, (), None)
     want = portable.backward(plan, *wide, loads, (), None, theirs, grad, grad_lse)
+    if tables:
+        want[3:] = torch.autograd.grad(tables, learned, want[3:])
     errors = {"out": distance(out, theirs.out), "lse": distance(lse[lse > -1e30], theirs.lse[theirs.lse > -1e30])}
-    return errors | {name: distance(a, b) for name, a, b in zip(("dq", "dk", "dv"), mine, want, strict=True)}
+    return (
+        errors
+        | {name: distance(a, b) for name, a, b in zip(("dq", "dk", "dv", "dbias"), mine, want, strict=False)}
+        | {"gradients": abs(len(mine) - len(want))}
+    )
 
 
 class Counted(TorchDispatchMode):
@@ -67,7 +76,7 @@ def main(group: str) -> None:
     if group == "lists":
         jobs = [(f"{e.name} {k}", lambda e=e, k=k: lists(e, k)) for e in masks() for k in (False, True)]
     else:
-        jobs = [(e.name, lambda e=e: walked(e)) for e in masks() if e.name.startswith(group)]
+        jobs = [(e.name, lambda e=e: walked(e)) for e in (*masks(), *biased()) if e.name.startswith(group)]
     for name, job in jobs:
         try:
             line = {"name": name, "errors": job()}

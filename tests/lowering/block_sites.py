@@ -65,3 +65,13 @@ def masks() -> Iterator[Example]:
     yield Example("lengths", sized(ends, side=(side(BATCH, dtype=INT),)), lambda dtype: (lengths,))
     floats = expr.le(expr.call("abs", load(0, B, I) - load(0, B, J)), expr.lift(2.5))
     yield Example("times", sized(floats, side=(side(BATCH, KEYS),)), lambda dtype: (torch.arange(BATCH * KEYS).view(2, -1) / 16,))
+
+
+def biased() -> Iterator[Example]:
+    """Documents with a learned bias of each kind that the kernels have a gradient of."""
+    keep, ids = expr.logical_and(causal(), same(I, J)), document_ids(BATCH, KEYS)
+    forms = {"tile": ((QUERIES, KEYS), (I, J)), "column": ((KEYS, BATCH), (J, B)), "diagonal": ((QUERIES + KEYS,), (I - J + KEYS,))}
+    for name, (shape, indices) in forms.items():
+        sides = (side(BATCH, KEYS, dtype=INT), side(*shape, grad=True))
+        made = sized(keep, side=sides).replace(score=SCALED + load(1, *indices))
+        yield Example(f"bias {name}", made, lambda dtype, shape=shape: (ids, torch.randn(shape, requires_grad=True)))

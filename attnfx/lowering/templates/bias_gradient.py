@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
-from attnfx.lowering.templates.tiles import column_pointers, head_base, load_tile, probability_factor, row_pointers
+from attnfx.lowering.templates.tiles import column_pointers, head_base, is_listed, load_tile, probability_factor, row_pointers
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches"])
@@ -28,6 +28,7 @@ def flash_bias_gradient(
     M,
     N,
     dropout_p,
+    blocks,
     batches,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
@@ -50,6 +51,7 @@ def flash_bias_gradient(
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     """Sums of dz, or of dz * SCORE_GRAD where it is given, over what the side tensor does not index; fp32, each element with
     one owner and one order of sums.
@@ -105,9 +107,12 @@ def flash_bias_gradient(
         j_first = j_tile * BLOCK_N
         if KIND == "diagonal":
             j_first += move * BLOCK_N
-        if KEEP is not None and KV_RANGE is not None:
-            keys = KV_RANGE(i_first, tl.minimum(i_first + BLOCK_M, M) - 1, ints)
-            visit = (keys[0] < j_first + BLOCK_N) & (keys[3] > j_first)
+        if KEEP is not None and (KV_RANGE is not None or LISTS):
+            if LISTS:
+                visit = is_listed(blocks, b, h, i_first, j_first)
+            else:
+                keys = KV_RANGE(i_first, tl.minimum(i_first + BLOCK_M, M) - 1, ints)
+                visit = (keys[0] < j_first + BLOCK_N) & (keys[3] > j_first)
             if EXACT_ROWS:
                 # in a head with a degenerate row eager may give any key a weight
                 visit = visit | (tl.load(stats[4] + b * heads + h) != 0)

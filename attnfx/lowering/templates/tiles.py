@@ -113,6 +113,28 @@ def tile_start(position, split, gap, MASKED: tl.constexpr, LISTS: tl.constexpr):
 
 
 @triton.jit
+def is_listed(blocks, b, h, first, walked):
+    """Whether the list of the tile that holds row (or key) `first` names the tile that holds key (or row) `walked`."""
+    lists, batch_stride, head_stride, stride = blocks
+    row = lists + b.to(tl.int64) * batch_stride + h.to(tl.int64) * head_stride + (first // OWN).to(tl.int64) * stride
+    tile = walked // WALKED
+    return _holds(row + 2, 1, tl.load(row), tile) | _holds(row + stride - 1, -1, tl.load(row + 1), tile)
+
+
+@triton.jit
+def _holds(places, step, count, tile):
+    """Whether `count` ascending numbers, `step` apart, have `tile` among them."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        small = tl.load(places + middle * step) < tile
+        low = tl.where(small, middle + 1, low)
+        high = tl.where(small, high, middle)
+    return (low < count) & (tl.load(places + tl.maximum(tl.minimum(low, count - 1), 0) * step) == tile)
+
+
+@triton.jit
 def dropout_scale(i, j, bh, noise):
     """1 / (1 - p) where an element survives, else 0; one Philox counter (j, i, b * H + h) an element, so that every
     kernel, whatever its tiles, sees the same mask."""
