@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from attnfx import backend, counting, measure
+from attnfx.breaks import with_hidden
 from attnfx.options import Options
 from attnfx.report import Report
 
@@ -44,9 +46,11 @@ def _report(model: Any, args: Any, kwargs: Any, dynamic: bool | None, options: O
         return gm.forward
 
     with _fresh():
+        counted = counters["graph_break"].copy()
         seen: Any = torch.compile(model, backend=look, dynamic=dynamic)
         seen(*args, **kwargs)
-    return Report.merge(reports)
+        report = Report.merge(reports) if reports else Report(())
+        return replace(report, breaks=with_hidden(report.breaks, counters["graph_break"] - counted))
 
 
 @contextlib.contextmanager

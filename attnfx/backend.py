@@ -13,6 +13,7 @@ from torch import fx
 
 from attnfx import buffers, counting, patterns
 from attnfx import measure as measuring
+from attnfx.breaks import break_of
 from attnfx.capture import capture
 from attnfx.composites import expand_composites
 from attnfx.decide import Decision, decide
@@ -75,7 +76,7 @@ def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) ->
             buffers.guard(given)
         for text in (warned := _policy_warnings(options, done.report.sites)):
             warnings.warn(text, AttnfxWarning, stacklevel=2)
-        return done.gm, replace(done.report, policy_warnings=warned)
+        return done.gm, replace(done.report, policy_warnings=warned, breaks=break_of(gm))
     except AttnfxError:
         raise
     except Exception as error:

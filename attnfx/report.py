@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnfx.breaks import Break
 from attnfx.files import replace_file
 from attnfx.report_html import page
 from attnfx.report_text import table
@@ -77,16 +78,18 @@ class Missed:
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention and near miss of a model, and its graphs `before` and `after` as readable Python."""
+    """Every attention and near miss of a model, its graphs `before` and `after` as readable Python, and the `breaks` between them,
+    where what runs is in no graph."""
 
     sites: tuple[SiteReport, ...]
     missed: tuple[Missed, ...] = ()
     before: str = ""
     after: str = ""
     policy_warnings: tuple[str, ...] = ()
+    breaks: tuple[Break, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("sites", "missed", "policy_warnings"):
+        for name in ("sites", "missed", "policy_warnings", "breaks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __str__(self) -> str:
@@ -98,6 +101,7 @@ class Report:
             "sites": [site.to_dict() for site in self.sites],
             "missed": [dataclasses.asdict(missed) for missed in self.missed],
             "policy_warnings": list(self.policy_warnings),
+            "breaks": [dataclasses.asdict(broken) for broken in self.breaks],
             "before": self.before,
             "after": self.after,
         }
@@ -119,6 +123,7 @@ class Report:
             before=_joined([report.before for report in reports]),
             after=_joined([report.after for report in reports]),
             policy_warnings=tuple(dict.fromkeys(text for report in reports for text in report.policy_warnings)),
+            breaks=tuple(dict.fromkeys(broken for report in reports for broken in report.breaks)),
         )
 
 

@@ -66,6 +66,9 @@ def page(report: "Report") -> str:
     parts = [_site(group) for group in groups(report)]
     if report.missed:
         parts += ["<h2>Left as they were</h2>", *map(_missed, report.missed)]
+    if report.breaks:
+        lines = (f"<li>{escape(b.reason)}<br><code>{escape(b.source)}</code></li>" for b in report.breaks)
+        parts += ["<h2>In no graph</h2>", f"<ul>{''.join(lines)}</ul>"]
     if report.policy_warnings:
         items = "".join(f"<li>{escape(warning)}</li>" for warning in report.policy_warnings)
         parts.append(f"<h2>Policy</h2><ul>{items}</ul>")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from attnfx.module_paths import fold
 
 if TYPE_CHECKING:
+    from attnfx.breaks import Break
     from attnfx.report import Missed, Report, SiteReport
 
 WIDTH = 100
@@ -24,6 +25,8 @@ def table(report: "Report") -> str:
         blocks.append(_sites(report))
     if report.missed:
         blocks.append("\n".join(["Left as they were:", *_near_misses(report.missed)]))
+    if report.breaks:
+        blocks.append("\n".join(["Dynamo ended a graph here, and what runs here is not seen:", *_breaks(report.breaks)]))
     if report.policy_warnings:
         blocks.append("\n".join(["Policy:", *(_wrapped(warning, "  ") for warning in report.policy_warnings)]))
     return "\n\n".join(blocks)
@@ -103,7 +106,18 @@ def _near_misses(missed: Iterable["Missed"]) -> Iterator[str]:
         for where in _named([miss.module for miss in misses]):
             yield _wrapped(f"{where}: {misses[0].reason}", "  ")
         for source in dict.fromkeys(miss.source for miss in misses if miss.source):
-            yield "    at " + (source if len(source) <= WIDTH - 7 else source[: WIDTH - 11] + " ...")
+            yield _at(source)
+
+
+def _breaks(breaks: Iterable["Break"]) -> Iterator[str]:
+    for broken in breaks:
+        yield _wrapped(broken.reason, "  ")
+        if broken.source:
+            yield _at(broken.source)
+
+
+def _at(source: str) -> str:
+    return "    at " + (source if len(source) <= WIDTH - 7 else source[: WIDTH - 11] + " ...")
 
 
 def _named(modules: list[str]) -> list[str]:
