@@ -157,7 +157,8 @@ def _allowed(kernel: str, job: Job) -> int:
         return 0
     width = job.head_dim
     usual = default(cast(Kernel, kernel), job.dtype, width, width, job.target)
-    if kernel == "forward" and PROGRAMS[job.program].keep is None and job.dtype != torch.float32:
+    program = PROGRAMS.get(job.program)  # lists of tiles have programs of their own, masked ones
+    if kernel == "forward" and program is not None and program.keep is None and job.dtype != torch.float32:
         usual = opened(usual, width, width, job.target)
     return usual.spills
 
