@@ -66,7 +66,7 @@ HALF: dict[str, Table] = {
         key_gradient=(
             Config(32, 64, 4, 2),
             Config(64, 64, 4, 3),
-            Config(64, 64, 4, 2, spills=320),
+            Config(64, 64, 4, 2, spills=384),
             Config(32, 32, 8, 1, tma=False),
         ),
         bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
