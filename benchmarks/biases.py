@@ -10,27 +10,20 @@ that fails is a row of data with the error in it.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import fnmatch
-import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnfx.files import replace_file
 from attnfx.testing import peak_bytes
-from benchmarks import machine, timing
+from benchmarks import command, timing
 from benchmarks.bias_rows import ROWS, Attend, Case, Row
-from benchmarks.models import RESULTS
+from benchmarks.command import Result
 
 BOUND = 2e-2
 HEADER = ("row", "peer", "ms", "attnfx is", "asked", "peak MiB", "distance")
-Result = dict[str, Any]
 
 
 def peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attend]]]:
@@ -106,24 +99,10 @@ def table(results: list[Result]) -> str:
 
 def main() -> int:
     """Run the rows asked for; 1 if a number of attnfx was wrong or missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.biases", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that all of it runs")
-    parser.add_argument("--rows", default="*", metavar="GLOB", help="which rows, by name: 'alibi-*'")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--commit", help="the commit to record, where this tree is no git checkout")
-    options = parser.parse_args()
-    quick = options.quick or options.device == "cpu"
-    about = machine.describe(options.device, options.commit)
-    out = options.out or RESULTS / "biases" / f"{datetime.date.today()}-{machine.slug(about)}{'-quick' if quick else ''}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    for row in (r for r in ROWS if fnmatch.fnmatch(r.name, options.rows)):
-        for result in run(row, options.device, quick):
-            results.append(result)
-            print(json.dumps(result), flush=True)
-            document = {"date": str(datetime.date.today()), "quick": quick, "machine": about, "results": results}
-            replace_file(out, json.dumps(document, indent=1) + "\n")
+    options = command.options("biases", __doc__, quick="tiny sizes", example="alibi-*")
+    chosen = [row for row in ROWS if fnmatch.fnmatch(row.name, options.rows)]
+    measured_rows = (result for row in chosen for result in run(row, options.device, options.quick))
+    results, out = command.collected("biases", measured_rows, options)
     print(table(results) + f"\nwritten to {out}")
     return int(any("error" in r for r in results if r["peer"] == "attnfx"))
 

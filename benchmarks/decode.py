@@ -13,29 +13,22 @@ mask keeps a second brings in, which the memory bounds.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import fnmatch
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnfx.files import replace_file
-from benchmarks import machine, timing
-from benchmarks.models import RESULTS
+from benchmarks import command, timing
+from benchmarks.command import Result
 
 HEADS, KEY_HEADS, WIDTH, SCALE, WINDOW = 32, 8, 128, 0.25, 4096
 BOUND = 2e-2
 MASKS = ("plain", "padding", "window")
 HEADER = ("row", "peer", "us", "read GB/s", "against sdpa", "distance")
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -193,26 +186,9 @@ def table(results: list[Result]) -> str:
 
 def main() -> int:
     """Run the rows asked for; 1 if a number of attnfx was wrong or missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny caches: shows that all of it runs")
-    parser.add_argument("--rows", default="*", metavar="GLOB", help="which rows, by name: 'window-b8-*'")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--commit", help="the commit to record, where this tree is no git checkout")
-    options = parser.parse_args()
-    quick = options.quick or options.device == "cpu"
-    about = machine.describe(options.device, options.commit)
-    out = options.out or RESULTS / "decode" / f"{datetime.date.today()}-{machine.slug(about)}{'-quick' if quick else ''}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    for row in rows(quick):
-        if not fnmatch.fnmatch(row.name, options.rows):
-            continue
-        for result in run(row, options.device):
-            results.append(result)
-            print(json.dumps(result), flush=True)
-            document = {"date": str(datetime.date.today()), "quick": quick, "machine": about, "results": results}
-            replace_file(out, json.dumps(document, indent=1) + "\n")
+    options = command.options("decode", __doc__, quick="tiny caches", example="window-b8-*")
+    chosen = [row for row in rows(options.quick) if fnmatch.fnmatch(row.name, options.rows)]
+    results, out = command.collected("decode", (result for row in chosen for result in run(row, options.device)), options)
     print(table(results) + f"\nwritten to {out}")
     return int(any("error" in r for r in results if r["peer"] in ("attnfx", "split")))
 

@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnfx import expr
 from attnfx.expr import Load
 from attnfx.lowering import blocks, codegen, launch
-from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened
+from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened, relieved
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, Program, Residuals, backward, bias_gradient, forward
 from attnfx.lowering.plan import KernelPlan, make_plan
@@ -158,9 +158,9 @@ def _allowed(kernel: str, job: Job) -> int:
     width = job.head_dim
     usual = default(cast(Kernel, kernel), job.dtype, width, width, job.target)
     program = PROGRAMS.get(job.program)  # lists of tiles have programs of their own, masked ones
-    if kernel == "forward" and program is not None and program.keep is None and job.dtype != torch.float32:
+    if kernel == "forward" and program is not None and program.open and job.dtype != torch.float32:
         usual = opened(usual, width, width, job.target)
-    return usual.spills
+    return usual.spills if program is None or program.weight is None else relieved(usual).spills
 
 
 def _reason(failure: BaseException) -> str:

@@ -54,6 +54,11 @@ class Program:
     coarse: Any | None = None
 
     @property
+    def open(self) -> bool:
+        """Whether nothing is masked or weighted."""
+        return self.keep is None and self.weight is None
+
+    @property
     def floor(self) -> float:
         """Base-2 logit at or below which the largest kept score leaves weight to the fill: exp(-110) is 0 in fp32."""
         floor = max(self.fill + 110.0, self.hidden) * math.log2(math.e)
@@ -288,7 +293,7 @@ class _Launch:
         exact = program.exact_rows
         target = recorded_target() or target_of(q.device)
         usual = default(kernel, q.dtype, d, dv, target)
-        if kernel == "forward" and program.keep is None and dropout_p == 0.0 and q.dtype != torch.float32:
+        if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target)
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:

@@ -63,11 +63,13 @@ def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     """The gradient of ``attnfx::flash_backward`` in q, k, v, the loads with planned gradients and grad_out; again differentiable.
 
-    Raises NotImplementedError for an attention that drops at random, or whose LSE has a gradient.
+    Raises NotImplementedError for an attention with dropout, one whose LSE has a gradient, or exponentials that nothing divides.
     """
     plan = KernelPlan.from_json(ctx.plan)
     if plan.site.dropout > 0.0 or ctx.with_lse or plan.site.normaliser != "softmax":
-        what = "one with dropout" if plan.site.dropout > 0.0 else "one whose log-sum-exp is used"
+        undivided = plan.site.normaliser != "softmax"
+        what = "exponentials that nothing divides" if undivided else "one whose log-sum-exp is used"
+        what = "one with dropout" if plan.site.dropout > 0.0 else what
         raise NotImplementedError(
             f"attnfx computes second derivatives of attention, but not of {what}; run the model without attnfx."
         )

@@ -26,6 +26,12 @@ def test_training_compiles_for_hopper_without_spills(head_dim: int) -> None:
     assert [row for row in rows if not row.ok] == []
 
 
+def test_a_weight_beside_exact_rows_spills_nothing_on_hopper() -> None:
+    rows = check(["sm90"], [Job("bias, finfo.min added, weight", torch.bfloat16, 128, "sm90")], processes=1)
+    assert len(rows) == 3
+    assert [row for row in rows if row.spills or not row.ok] == []
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_lists_compile_without_spills(target: str) -> None:
     rows = check([target], [Job(LISTED, torch.bfloat16, 64, target, (*LISTS, "forward"))], processes=1)

@@ -17,6 +17,7 @@ from lowering_sites import (
     distance,
     inputs,
     load,
+    side,
     site,
 )
 from torch import Tensor
@@ -112,6 +113,16 @@ def test_a_dropped_term_changes_nothing_under_any_mask(name: str, bias: Expr) ->
         assert distance(mine, theirs) < 5e-5
     seen = want[1] > -1e30
     assert distance(found[1][seen], want[1][seen]) < 2e-5
+
+
+def test_nothing_is_dropped_where_the_row_maximum_is_a_result() -> None:
+    """Exponentials that only their row's maximum divides give that maximum, too: a shift of the row would change it."""
+    s = site(alibi(), causal(), side=(side(4),))
+    dropped, kept = make_plan(s, "portable"), make_plan(s.replace(normaliser="max"), "portable")
+    assert isinstance(dropped, KernelPlan)
+    assert isinstance(kept, KernelPlan), kept
+    assert dropped.shift is not None
+    assert kept.shift is None
 
 
 def test_a_bias_inside_of_a_softcap_is_not_shifted() -> None:
