@@ -155,9 +155,10 @@ def build(
     if not worthwhile(queries, keys) or lists.numel() == 0:
         return lists
     plan, made = KernelPlan.from_json(text), codegen_blocks.classifier_of(text)
-    numbers = codegen.ints(plan, plan.values(sizes, keys, loads), loads) or (0,)
+    pointers = codegen.pointers(plan, keys, loads)
+    numbers = codegen.ints(plan, plan.values(sizes, keys, loads), pointers) or (0,)
     own_tiles, walked_tiles = lists.shape[2], lists.shape[3] - 2
-    pointers, ends = codegen.pointers(plan, loads), list[Tensor]()
+    ends = list[Tensor]()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for profile, value in zip(made.enclosure.profiles, made.values, strict=True):
             of_keys, floats = profile.side == "j", profile.value.dtype.is_floating_point

@@ -7,28 +7,33 @@ import importlib.util
 import os
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import sympy
+import torch
 from torch import Tensor
 
-from attnfx import __version__
-from attnfx.expr import Expr
+from attnfx import __version__, expr
+from attnfx.expr import Call, Expr, Load
 from attnfx.files import replace_file
 from attnfx.integers import Ranges
-from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask
+from attnfx.lowering.codegen_print import HELPERS, LOG2E, MASKED_OUT, Body, Unprintable, _bare, may_mask
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
+from attnfx.nodes import has_score
 
 if TYPE_CHECKING:
-    from attnfx.lowering.flash import Program
+    from attnfx.lowering.call import Program
 
 ELEMENTWISE = "b, h, i, j, loads, ints"
+#: Queries, and keys, of one tile; see `short.py`.
+SHORT = 64
 #: What a range returns for an end that the mask does not bound; the templates clamp it.
 FAR = 2147483647
 
@@ -78,7 +83,7 @@ def program(plan: KernelPlan) -> Program:
 @lru_cache(maxsize=1024)
 def program_of(text: str) -> Program:
     """:func:`program` of a plan's JSON text."""
-    from attnfx.lowering.flash import Program
+    from attnfx.lowering.call import Program
 
     plan = KernelPlan.from_json(text)
     found, site = module(source(plan)), plan.site
@@ -86,19 +91,58 @@ def program_of(text: str) -> Program:
         score=found.score, score_grad=getattr(found, "score_grad", None), keep=getattr(found, "keep", None),
         kv_range=getattr(found, "kv_range", None), q_range=getattr(found, "q_range", None), fill=site.fill,
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
-        weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None),
+        weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
     )  # fmt: skip
 
 
-def ints(plan: KernelPlan, values: Mapping[sympy.Symbol, int], loads: Sequence[Tensor]) -> tuple[int, ...]:
-    """The numbers of one call: the values of `plan.kernel_symbols`, then the strides of each side tensor in use."""
-    strides = [s for slot in plan.used_slots for s in loads[slot].stride()]
+def _loaded(score: Expr) -> bool:
+    """Whether a tile of scores reads numbers of its keys."""
+    return any(isinstance(n, Load) and expr.depends_on(n, "j") for n in expr.walk(score))
+
+
+def ints(plan: KernelPlan, values: Mapping[sympy.Symbol, int], tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The numbers of one call: the values of `plan.kernel_symbols`, then the strides of each of the :func:`pointers`."""
+    strides = [s for t in tensors for s in t.stride()]
     return (*(int(values[s]) for s in plan.kernel_symbols), *strides)
 
 
-def pointers(plan: KernelPlan, loads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The side tensors in use, in the order of `loads` in the generated functions."""
-    return tuple(loads[slot] for slot in plan.used_slots)
+def pointers(plan: KernelPlan, keys: int, loads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The side tensors in use, in the order and form of `loads` in the generated functions: tables of distances from their middle
+    on, i = j, those of :func:`in_base_2` in base 2."""
+    scaled, masks, middles = in_base_2(plan), plan.site.literal is None, distances(plan)
+    given = [_base_2(loads[slot], masks) if slot in scaled else loads[slot] for slot in plan.used_slots]
+    return tuple(t[..., keys - 1 :] if slot in middles else t for slot, t in zip(plan.used_slots, given, strict=True))
+
+
+def distances(plan: KernelPlan) -> frozenset[int]:
+    """The slots of the tables of distances."""
+    return frozenset(t.slot for t in plan.tables if t.relative)
+
+
+@lru_cache(maxsize=1024)
+def in_base_2(plan: KernelPlan) -> frozenset[int]:
+    """The tables of distances that are added to the logits and read by nothing else: they are multiplied by log2(e) once a call,
+    and not in every tile."""
+    others = [e for e in plan.tile_expressions if e is not plan.site.score]
+    parts = list(_added(plan.site.score))
+    added = Counter(n.slot for e in parts + others for n in expr.walk(e) if isinstance(n, Load))
+    alone = {part.slot for part in parts if isinstance(part, Load)}
+    return frozenset(slot for slot in distances(plan) if slot in alone and added[slot] == 1)
+
+
+def _added(e: Expr) -> Iterator[Expr]:
+    """The summands of the logits."""
+    if isinstance(e, Call) and e.op == "add" and has_score(e):
+        for part in e.args:
+            yield from _added(part)
+    else:
+        yield e
+
+
+def _base_2(table: Tensor, masks: bool) -> Tensor:
+    """The numbers times log2(e); ``masks``: as `to_base_2` of templates/arithmetic.py."""
+    scaled = table * LOG2E
+    return torch.where(table < MASKED_OUT, table, scaled) if masks else scaled
 
 
 def _body(plan: KernelPlan) -> Body:
@@ -109,6 +153,8 @@ def _body(plan: KernelPlan) -> Body:
     places = {slot: n for n, slot in enumerate(plan.used_slots)}
     numbers = {s: n for n, s in enumerate(plan.kernel_symbols)}
     body = Body(places, numbers, strides, ranges(plan))
+    body.short = all(n.is_Integer and n <= SHORT for n in (plan.site.queries, plan.site.keys))
+    body.in_base_2, body.masks, body.distances = in_base_2(plan), plan.site.literal is None, distances(plan)
     body.unmasked = frozenset(t.slot for t in plan.tables if not may_mask(t.recipe))
     return body
 

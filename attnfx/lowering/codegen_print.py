@@ -12,9 +12,12 @@ import torch
 from attnfx import expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
 from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges
+from attnfx.lowering.tables import KEYS
 from attnfx.nodes import has_score
 
 LOG2E = math.log2(math.e)
+#: Below any real score, above finfo.min of float32 and bfloat16 divided by log2(e): templates/arithmetic.py says so too.
+MASKED_OUT = -1e38
 #: Longer text becomes a line of its own.
 INLINE = 60
 
@@ -63,8 +66,16 @@ class Body:
         self.positions: Mapping[sympy.Symbol, str] = {}
         #: Whether steps of the scores round to their own dtypes, too.
         self.typed = False
+        #: Whether a term's finfo.min must stay finite in base 2; not where rows of nothing but masks are computed again.
+        self.masks = True
         #: Slots whose numbers hold no mask, although they differ from key to key.
         self.unmasked: frozenset[int] = frozenset()
+        #: Slots that are given in base 2 and stand nowhere but in the sum of the logits.
+        self.in_base_2: frozenset[int] = frozenset()
+        #: Whether all keys are one tile.
+        self.short = False
+        #: Slots of tables of distances, which are given from their middle on.
+        self.distances: frozenset[int] = frozenset()
         #: Symbols that are parameters of the function; whether all integers are computed in int64.
         self.named = {symbol: symbol.name for symbol in INDEX.values()}
         self.wide = False
@@ -89,7 +100,7 @@ class Body:
 
     def base_2(self, e: Expr) -> str:
         """``e`` (natural units) times log2(e), constants folded into the factors of its terms."""
-        return self.scaled(e, LOG2E, masks=True)
+        return self.scaled(e, LOG2E, masks=self.masks)
 
     def scaled(self, e: Expr, factor: float, masks: bool = False) -> str:
         """``e`` * ``factor`` for an ``e`` in working precision; ``masks``: ``factor`` is still that of :meth:`base_2`."""
@@ -101,6 +112,8 @@ class Body:
             step = _constant_factor(e)
             if step is not None:
                 return self.scaled(step[0], factor * step[1])
+        if isinstance(e, Load) and e.slot in self.in_base_2:
+            return self.text(e)
         if masks and not has_score(e) and may_mask(e, self.unmasked):
             return f"to_base_2({_bare(self.text(e))})"
         number = _constant(e)
@@ -206,10 +219,13 @@ class Body:
     def _load(self, e: Load) -> str:
         assert isinstance(e.slot, int)
         first, terms = self.strides[e.slot], [f"loads[{self.pointers[e.slot]}]"]
-        for axis, index in enumerate(e.indices):
+        indices = e.indices
+        if e.slot in self.distances:
+            indices = (*indices[:-1], indices[-1] - (Int(KEYS) - 1))
+        for axis, index in enumerate(indices):
             if not expr.is_number(index, 0):
                 terms.append(f"tl.cast({_bare(self.text(index))}, tl.int64) * ints[{first + axis}]")
-        text = f"{'gathered' if _scattered(e) else 'tl.load'}({' + '.join(terms)})"
+        text = f"{'gathered' if _direct(e, self.short) else 'tl.load'}({' + '.join(terms)})"
         if e.dtype == torch.bool:
             return f"({text} != 0)"
         return f"tl.cast({text}, tl.float32)" if e.dtype.is_floating_point else text
@@ -252,11 +268,13 @@ class Body:
         return f"({text})"
 
 
-def _scattered(e: Load) -> bool:
-    """Whether a tile of floats is read from places that are not runs of keys, as a table of distances is."""
-    if e.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not e.indices:
+def _direct(e: Load, short: bool) -> bool:
+    """Whether a tile of floats is read straight into registers: from places that are not runs of keys, as a table of distances
+    is; one number for each key, of which a wait in the middle of a tile would keep Hopper's matrix products from overlapping; and
+    all of it where all keys are one tile, which many examples may share (such a read leaves their loop)."""
+    if e.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not expr.depends_on(e, "j"):
         return False
-    return expr.depends_on(e, "i") and expr.depends_on(e, "j") and e.indices[-1] != expr.index("j")
+    return short or not expr.depends_on(e, "i") or e.indices[-1] != expr.index("j")
 
 
 def _discrete(e: Call) -> bool:

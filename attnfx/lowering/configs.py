@@ -92,6 +92,8 @@ HALF: dict[str, Table] = {
 }
 #: Forward in half precision where nothing is masked, by padded head dimension.
 OPEN: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 64, 4, 2, spills=256)}}
+#: The same where the scores read numbers of their keys: those want registers, too.
+LOADED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 128, 8, 3)}}
 # float32
 FULL: dict[str, Table] = {
     "sm90": Table(
@@ -147,9 +149,9 @@ def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, t
     return widths[0 if width <= 32 else 1 if width <= 64 else 2 if width <= 128 else 3]
 
 
-def opened(config: Config, head_dim: int, value_dim: int, target: str) -> Config:
-    """What runs forward in place of `config`, a default in half precision, where nothing is masked."""
-    return OPEN.get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
+def opened(config: Config, head_dim: int, value_dim: int, target: str, loaded: bool) -> Config:
+    """What runs forward in place of `config`, a default in half precision, where nothing is masked; `loaded`: as in `LOADED`."""
+    return (LOADED if loaded else OPEN).get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
 
 
 def relieved(config: Config) -> Config:

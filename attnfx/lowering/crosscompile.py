@@ -29,9 +29,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnfx import expr
 from attnfx.expr import Load
 from attnfx.lowering import blocks, codegen, launch
+from attnfx.lowering.call import Program, Residuals
 from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened, relieved
 from attnfx.lowering.descriptors import type_of
-from attnfx.lowering.flash import BIAS_KINDS, Program, Residuals, backward, bias_gradient, forward
+from attnfx.lowering.flash import BIAS_KINDS, backward, backward_short, bias_gradient, forward
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.templates import samples
 from attnfx.site import AttentionSite, SideTensor
@@ -100,6 +101,8 @@ PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "b
 #: The program of causal attention inside of documents, whose kernels walk lists of tiles, and the kernels that make the lists.
 LISTED = "causal, documents, by lists"
 LISTS = ("profile_ends", "tile_lists")
+#: The kernels for few queries and keys; the literal ones are for rows that keep nothing, and may spill.
+SHORT = ("short_forward", "short_forward, literal", "short_backward", "short_backward, literal")
 
 
 def check(targets: Sequence[str] = TARGETS, jobs: Sequence[Job] | None = None, processes: int = 2) -> list[Row]:
@@ -124,6 +127,10 @@ def representative(target: str) -> Iterator[Job]:
         yield Job("bias, finfo.min added", bf16, head_dim, target)
         yield Job("bias, finfo.min added", bf16, head_dim, target, biases)
     yield Job("bias, finfo.min added, weight", bf16, 128, target)
+    for program in ("dense", "bias, finfo.min added"):
+        for head_dim in (32, 64):
+            yield Job(program, bf16, head_dim, target, SHORT)
+    yield Job("bias, finfo.min added", torch.float32, 32, target, SHORT)
     yield Job("causal", torch.float16, 80, target)
     for head_dim in (64, 128):
         yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient", *BIAS_KINDS))
@@ -154,12 +161,12 @@ def compile_job(job: Job) -> list[Row]:
 def _allowed(kernel: str, job: Job) -> int:
     """Bytes that the default configuration of a kernel may spill."""
     if kernel not in get_args(Kernel):
-        return 0
+        return 1024 if kernel.endswith("literal") else 0
     width = job.head_dim
     usual = default(cast(Kernel, kernel), job.dtype, width, width, job.target)
     program = PROGRAMS.get(job.program)  # lists of tiles have programs of their own, masked ones
     if kernel == "forward" and program is not None and program.open and job.dtype != torch.float32:
-        usual = opened(usual, width, width, job.target)
+        usual = opened(usual, width, width, job.target, program.loaded)
     return usual.spills if program is None or program.weight is None else relieved(usual).spills
 
 
@@ -188,6 +195,9 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
             program = PROGRAMS[job.program]
         forward(program, q, k, k, loads, ints, blocks=rows)
         forward(program, q[:, :, :1], k, k, loads, ints)
+        few = q[:, :, :49]
+        forward(program, few, few, few, loads, ints)
+        backward_short(program, few, few, few, few, residuals, few, loads, ints, inside=False)
         backward(program, q, k, k, q, residuals, q, loads, ints, row_blocks=rows, key_blocks=keys)
         for kind in BIAS_KINDS if "tile" in job.kernels else ():
             bias_gradient(program, q, k, k, q, residuals, q, loads, ints, kind=kind, batch_broadcast=True,
@@ -195,6 +205,7 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     seen = set()
     for call in recording.calls:
         name = call.keywords.get("KIND") or call.kernel.__name__.removeprefix("flash_")
+        name += ", literal" if call.keywords.get("LITERAL") else ""
         if name in job.kernels and name not in seen:
             seen.add(name)
             yield name, call

@@ -15,7 +15,7 @@ from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.decode import decode_merge, decode_partial
 
 if TYPE_CHECKING:
-    from attnfx.lowering.flash import Program, Residuals
+    from attnfx.lowering.call import Call, Program, Residuals
 
 #: Up to this many queries a call is a decode step; the row tile holds them for all heads that share a key head.
 QUERIES = 16
@@ -85,7 +85,7 @@ def _of_gpu(index: int) -> int:
 
 
 def launch(
-    call: Any,
+    call: Call,
     program: Program,
     q: Tensor,
     k: Tensor,
@@ -95,7 +95,7 @@ def launch(
     splits: int | None = None,
     chosen: Tile | None = None,
 ) -> None:
-    """Fills `out` and `residuals` of a checked `call` (`flash._Launch`), as `flash_forward` would.
+    """Fills `out` and `residuals` of a checked `call`, as `flash_forward` would.
 
     `splits` and `chosen` override what the sizes and the device ask for. Nothing is compiled anew for other numbers of keys.
     """

@@ -4,81 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from attnfx.lowering import decode
-from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
-from attnfx.lowering.descriptors import describe, serves
-from attnfx.lowering.launch import recorded_target, run
+from attnfx.lowering import decode, short
+from attnfx.lowering.call import Call, Program, Residuals
+from attnfx.lowering.configs import Config, Kernel, padded
+from attnfx.lowering.launch import run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.flash_backward import flash_delta, flash_key_gradient, flash_query_gradient
 from attnfx.lowering.templates.flash_forward import flash_forward
-
-
-@dataclass(frozen=True)
-class Program:
-    """The generated functions of one attention site and eager's treatment of the positions that are not kept.
-
-    score       SCORE(dot, b, h, i, j, loads, ints) -> base-2 logits, fp32
-    score_grad  SCORE_GRAD(dot, b, h, i, j, loads, ints) -> d(natural logit) / d(dot), fp32
-    keep        KEEP(b, h, i, j, loads, ints) -> bool, or None: everything is kept
-    coarse      COARSE(dot, b, h, i, j, loads, ints) -> natural logits, fill included, as half precision computes them, for
-                rows that have nothing but fills; or None: fp32 means the same
-    weight      WEIGHT(b, h, i, j, loads, ints) -> factor of the probabilities after the softmax, fp32, or None: 1
-    kv_range    KV_RANGE(i_first, i_last, ints) -> (lo, full_lo, full_hi, hi) of keys, or None: all, none known full
-    q_range     the same with the roles of i and j swapped
-    fill        what eager puts at a position that is not kept; `additive`: it adds it to the score
-    exact_rows  rows may exist that keep nothing, and mean what eager's softmax makes of them (else: O = 0, LSE = -inf)
-    hidden      natural logit from which on, in magnitude, a row's maximum is that of a mask added as data: such rows
-                keep their maximum and sum apart, since in fp32 their LSE has lost the sum
-    empty_zero  with exact_rows: a row without keys gives O = 0 and not NaN
-    """
-
-    score: Any
-    score_grad: Any
-    keep: Any | None
-    kv_range: Any | None
-    q_range: Any | None
-    fill: float
-    additive: bool
-    exact_rows: bool
-    allow_tf32: bool = False
-    hidden: float = -math.inf
-    empty_zero: bool = False
-    weight: Any | None = None
-    coarse: Any | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether nothing is masked or weighted."""
-        return self.keep is None and self.weight is None
-
-    @property
-    def floor(self) -> float:
-        """Base-2 logit at or below which the largest kept score leaves weight to the fill: exp(-110) is 0 in fp32."""
-        floor = max(self.fill + 110.0, self.hidden) * math.log2(math.e)
-        return floor if floor > torch.finfo(torch.float32).min else -math.inf
-
-    @property
-    def ceiling(self) -> float:
-        """Base-2 logit at or above which a row's maximum hides its sum from the LSE."""
-        return -self.hidden * math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """What backward needs beside O: natural LSE (B,H,M) fp32; and, only with exact_rows, natural row maxima and sums
-    (B,H,M) fp32 (sums negated in degenerate rows) and a flag (B,H) int32; else tensors of numel 0."""
-
-    lse: Tensor
-    row_max: Tensor
-    row_sum: Tensor
-    degenerate: Tensor
 
 
 def forward(
@@ -100,7 +37,9 @@ def forward(
     of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`). Raises
     ValueError for what the kernels do not carry.
     """
-    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, blocks=blocks)
+    brief = config is None and blocks is None and is_short(q, k, v)
+    chosen = short.config(q.shape[2], k.shape[2]) if brief else config
+    launch = Call.of("forward", program, q, k, v, loads, ints, dropout_p, seed, chosen, blocks=blocks)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
@@ -109,6 +48,9 @@ def forward(
         residuals.row_max.fill_(-math.inf)
         residuals.row_sum.fill_(-1.0)
         residuals.degenerate.fill_(1)
+        return out, residuals
+    if brief:
+        short.forward(launch, program, q, k, v, out, residuals)
         return out, residuals
     if config is None and program.weight is None and decode.serves(launch.m, launch.n):
         decode.launch(launch, program, q, k, v, out, residuals)
@@ -149,13 +91,13 @@ def backward(
     `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero; `row_blocks`, `key_blocks` list the tiles that the mask
     keeps, by rows and by keys. Deterministic: no atomics.
     """
-    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, blocks=row_blocks)
+    rows = Call.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, blocks=row_blocks)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
         for grad in grads:
             grad.zero_()
         return grads
-    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, blocks=key_blocks)
+    keys = Call.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, blocks=key_blocks)
     grad_q, grad_k, grad_v = grads
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
@@ -165,15 +107,46 @@ def backward(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
             SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
-            LISTS=row_blocks is not None, **rows.even, **rows.switches,
+            LISTS=row_blocks is not None, **rows.even, **rows.switches ,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
             SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
-            LISTS=key_blocks is not None, **keys.even, **keys.switches,
+            LISTS=key_blocks is not None, **keys.even, **keys.switches ,
         )  # fmt: skip
     return grads
+
+
+def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels for few queries and keys serve (B,H,M,D), (B,HK,N,D), (B,HK,N,DV)."""
+    return q.dim() == v.dim() == 4 and short.serves(q.shape[2], v.shape[2], q.shape[3], v.shape[3], q.dtype)
+
+
+def backward_short(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    residuals: Residuals,
+    grad_out: Tensor,
+    loads: Sequence[Tensor],
+    ints: Sequence[int],
+    *,
+    inside: bool | None = None,
+    grad_lse: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`backward` where `is_short` says so, of as many key as query heads; and the gradient (H,M,N), fp32 and summed over the batch,
+    of what is added to the natural logits, or to the raw dots if `inside`; None: nothing is."""
+    config = short.config(q.shape[2], k.shape[2], backward=True)
+    launch = Call.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, config)
+    if launch.empty:
+        bias = None if inside is None else q.new_zeros((launch.heads, launch.m, launch.n), dtype=torch.float32)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), bias
+    return short.backward(launch, program, q, k, v, out, residuals, grad_out, grad_lse, inside)
 
 
 BiasKind = Literal["tile", "column", "diagonal"]
@@ -210,7 +183,7 @@ def bias_gradient(
     Deterministic: no atomics.
     """
     kernel: dict[str, Kernel] = {"tile": "tile_bias", "column": "column_bias", "diagonal": "diagonal_bias"}
-    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, kind == "diagonal", blocks)
+    launch = Call.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, kind == "diagonal", blocks)
     m, n, block = launch.m, launch.n, launch.config.block_n
     row_tiles, key_tiles = -(-m // launch.config.block_m), -(-n // block)
     owners = 1 if batch_broadcast else launch.batch, 1 if head_broadcast else launch.heads
@@ -237,9 +210,7 @@ def bias_gradient(
     return grad
 
 
-def _statistics(
-    launch: _Launch, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None
-) -> tuple[Tensor, ...]:
+def _statistics(launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
     """(lse, delta, row_max, row_sum, degenerate), with delta (B,H,M) fp32 computed here; the GPU is already current."""
     delta = torch.empty_like(residuals.lse)
     block_m = max(16, 2048 // padded(launch.dv))
@@ -251,144 +222,3 @@ def _statistics(
     )  # fmt: skip
     r = residuals
     return r.lse, delta, r.row_max, r.row_sum, r.degenerate
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """One checked call: sizes, the arguments that all kernels take alike, and where to run."""
-
-    batch: int
-    heads: int
-    group: int
-    m: int
-    n: int
-    d: int
-    dv: int
-    exact: bool
-    config: Config
-    seed: Tensor
-    scalars: tuple[Any, ...]
-    switches: dict[str, Any]
-    like: Tensor
-    blocks: Tensor | None
-
-    @staticmethod
-    def of(
-        kernel: Kernel,
-        program: Program,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        loads: Sequence[Tensor],
-        ints: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        config: Config | None,
-        square: bool = False,
-        blocks: Tensor | None = None,
-    ) -> _Launch:
-        _check(q, k, v, dropout_p, seed)
-        (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
-        group = heads // max(k.shape[1], 1)
-        exact = program.exact_rows
-        target = recorded_target() or target_of(q.device)
-        usual = default(kernel, q.dtype, d, dv, target)
-        if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
-            usual = opened(usual, d, dv, target)
-        chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
-        if blocks is not None:
-            chosen = listed(kernel, chosen, target)
-        if square:
-            chosen = replace(chosen, block_m=chosen.block_n)
-        switches = {
-            "SCORE": program.score,
-            "KEEP": program.keep,
-            "WEIGHT": program.weight,
-            "FILL": program.fill,
-            "ADDITIVE": program.additive,
-            "COARSE": program.coarse,
-            "EXACT_ROWS": exact,
-            "DROPOUT": dropout_p > 0.0,
-            "D": d,
-            "DV": dv,
-            "PRECISION": "tf32" if program.allow_tf32 and q.dtype == torch.float32 else "ieee",
-            "BLOCK_M": chosen.block_m,
-            "BLOCK_N": chosen.block_n,
-            "BLOCK_D": padded(d),
-            "BLOCK_DV": padded(dv),
-            "STAGES": chosen.num_stages,
-            "num_warps": chosen.num_warps,
-            "num_stages": chosen.num_stages,
-        }
-        # an empty tuple has no type to compile for
-        scalars = (tuple(loads) or (q,), tuple(ints) or (0,), heads, group, m, n, float(dropout_p))
-        return _Launch(
-            batch, heads, group, m, n, d, dv, exact, chosen, q if seed is None else seed, scalars, switches, q, blocks,
-        )  # fmt: skip
-
-    @property
-    def empty(self) -> bool:
-        return 0 in (self.batch, self.heads, self.m, self.n)
-
-    def streamed(self, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None = None) -> tuple[Any, ...]:
-        """(q, k, v, grad_out, whether by descriptors): the tensors, or descriptors of their tiles where all can have one."""
-        target, c = recorded_target() or target_of(self.like.device), self.config
-        tensors = [x for x in (q, k, v, grad_out) if x is not None]
-        if not (c.tma and all(serves(target, x) for x in tensors)):
-            return q, k, v, grad_out, False
-        tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
-        described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
-        return *described, *([grad_out] if grad_out is None else []), True
-
-    @property
-    def even(self) -> dict[str, bool]:
-        """Whether tiles end where the queries and the keys end."""
-        return {"EVEN_M": self.m % self.config.block_m == 0, "EVEN_N": self.n % self.config.block_n == 0}
-
-    @property
-    def lists(self) -> tuple[Any, ...] | None:
-        """The lists of tiles with their strides of batch, head and list; an axis of one serves all."""
-        if self.blocks is None:
-            return None
-        batch, head, stride, _ = self.blocks.stride()
-        return self.blocks, batch * (self.blocks.shape[0] > 1), head * (self.blocks.shape[1] > 1), stride
-
-    @property
-    def row_grid(self) -> tuple[int]:
-        return (-(-self.m // self.config.block_m) * self.batch * self.heads,)
-
-    @property
-    def key_grid(self) -> tuple[int]:
-        return (-(-self.n // self.config.block_n) * self.batch * (self.heads // self.group),)
-
-    @property
-    def device(self) -> AbstractContextManager[None]:
-        """Makes the tensors' GPU current: Triton launches on the current one."""
-        return torch.cuda.device(self.like.device) if self.like.is_cuda else nullcontext()
-
-    def new_residuals(self) -> Residuals:
-        shape = (self.batch, self.heads, self.m)
-        lse = self.like.new_empty(shape, dtype=torch.float32)
-        if not self.exact:
-            none = self.like.new_empty(0, dtype=torch.float32)
-            return Residuals(lse, none, none.clone(), self.like.new_empty(0, dtype=torch.int32))
-        flags = self.like.new_zeros(shape[:2], dtype=torch.int32)
-        return Residuals(lse, torch.empty_like(lse), torch.empty_like(lse), flags)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | None) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; the flash kernels take 4 each")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; supported: one of float16, bfloat16, float32")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads over {k.shape[1]} key heads; supported: a multiple")
-    for name, size in (("head_dim", q.shape[3]), ("value dim", v.shape[3])):
-        if not 1 <= size <= 256:
-            raise ValueError(f"{name} is {size}; supported: 1 to 256")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; supported: 0 to 1")
-    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("dropout needs a seed: an int64 tensor of one element")

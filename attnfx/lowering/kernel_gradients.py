@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash, portable
-from attnfx.lowering.gradients import to_layout
+from attnfx.lowering import codegen, flash, portable, short
+from attnfx.lowering.call import Residuals
+from attnfx.lowering.gradients import BiasGradient, to_layout
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import Result
 
@@ -30,25 +32,33 @@ def backward(
 ) -> list[Tensor]:
     """The same contract as `portable.backward`; ``text`` is the plan's JSON, the rest the lists of tiles that its mask keeps."""
     values = plan.values(sizes, k.shape[2], loads)
-    numbers = codegen.ints(plan, values, loads)
-    program, tensors = codegen.program_of(text), codegen.pointers(plan, loads)
-    residuals = flash.Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
-    dropout = plan.site.dropout
-    found = flash.backward(
-        program, q, k, v, result.out, residuals, grad_out, tensors, numbers, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
-        row_blocks=row_blocks, key_blocks=key_blocks,
-    )  # fmt: skip
-    grads = list(found)
+    program, tensors = codegen.program_of(text), codegen.pointers(plan, k.shape[2], loads)
+    numbers = codegen.ints(plan, values, tensors)
+    residuals = Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
+    common: dict[str, Any] = {"grad_lse": grad_lse, "dropout_p": plan.site.dropout, "seed": seed}
+    given = (program, q, k, v, result.out, residuals, grad_out, tensors, numbers)
+    shared: Tensor | None = None
+    inside = next((g.inside for g in plan.gradients if _of_all_examples(g)), None)
+    if q.shape[1] == k.shape[1] and flash.is_short(q, k, v):
+        *grads, shared = flash.backward_short(*given, inside=inside, **common)
+    else:
+        grads = list(flash.backward(*given, row_blocks=row_blocks, key_blocks=key_blocks, **common))
     for g in plan.gradients:
         if g.kind == "row":
             total = portable.of_rows(result.out, grad_out, grad_lse, torch.float32)
-            for axis, shared in ((0, g.batch_broadcast), (1, g.head_broadcast)):
-                total = total.sum(axis, keepdim=True) if shared else total
+            for axis, alone in ((0, g.batch_broadcast), (1, g.head_broadcast)):
+                total = total.sum(axis, keepdim=True) if alone else total
+        elif shared is not None and _of_all_examples(g) and g.inside == inside:
+            total = short.bias_sums(g, shared)
         else:
             total = flash.bias_gradient(
-                program, q, k, v, result.out, residuals, grad_out, tensors, numbers, kind=g.kind, batch_broadcast=g.batch_broadcast,
-                head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
-                inside=g.inside, blocks=row_blocks,
+                *given, kind=g.kind, batch_broadcast=g.batch_broadcast, head_broadcast=g.head_broadcast, inside=g.inside,
+                blocks=row_blocks, **common,
             )  # fmt: skip
         grads.append(to_layout(g, total, loads[g.slot], values))
     return grads
+
+
+def _of_all_examples(g: BiasGradient) -> bool:
+    """Whether it is a sum over the batch of the gradients of the logits."""
+    return g.batch_broadcast and g.kind != "row"

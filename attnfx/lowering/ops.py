@@ -118,8 +118,8 @@ def _forward(
         return portable.forward(plan, q, k, v, loads, sizes, seed)
     from attnfx.lowering import codegen, flash
 
-    numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), loads)
-    tensors = codegen.pointers(plan, loads)
+    tensors = codegen.pointers(plan, k.shape[2], loads)
+    numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), tensors)
     walked = row_blocks if blocks.worthwhile(q.shape[2], k.shape[2]) else None
     out, r = flash.forward(
         codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfx.lowering.call import Program
 from attnfx.lowering.configs import Config
-from attnfx.lowering.flash import Program, backward, bias_gradient, forward
+from attnfx.lowering.flash import backward, backward_short, bias_gradient, forward, is_short
+from attnfx.lowering.gradients import BiasGradient
+from attnfx.lowering.short import bias_sums
 
 SCALE, CAP = 0.25, 2.0
 # relative L2 error against float64 on the same (rounded) inputs: forward, gradients
@@ -126,7 +129,12 @@ def run(case: Case, device: torch.device, config: Config | None = None, seed_val
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
 
     configs = {"query_config": config, "key_config": config} if config else {}
-    got = backward(case.program, q, k, v, out, residuals, grad_out, loads, ints, grad_lse=grad_lse, **noise, **configs)
+    given = (case.program, q, k, v, out, residuals, grad_out, loads, ints)
+    tile = None
+    if config is None and is_short(q, k, v) and q.shape[1] == k.shape[1]:
+        *got, tile = backward_short(*given, inside=False if case.bias else None, grad_lse=grad_lse, **noise)
+    else:
+        got = backward(*given, grad_lse=grad_lse, **noise, **configs)
     forward_limit, gradient_limit = (limit * case.slack for limit in TOLERANCE[case.dtype])
     errors = {
         "out": error(out, want) / forward_limit,
@@ -136,22 +144,11 @@ def run(case: Case, device: torch.device, config: Config | None = None, seed_val
         errors[name] = error(mine, theirs) / gradient_limit
     if case.bias is not None:
         kind, batch, head = case.bias
-        mine = bias_gradient(
-            case.program,
-            q,
-            k,
-            v,
-            out,
-            residuals,
-            grad_out,
-            loads,
-            ints,
-            kind=kind,
-            batch_broadcast=batch,
-            head_broadcast=head,
-            grad_lse=grad_lse,
-            config=config,
-            **noise,
-        )
+        if tile is not None and batch:
+            mine = bias_sums(BiasGradient(0, kind, batch, head, ()), tile)
+        else:
+            mine = bias_gradient(
+                *given, kind=kind, batch_broadcast=batch, head_broadcast=head, grad_lse=grad_lse, config=config, **noise
+            )
         errors["dbias"] = error(mine.reshape(grads[3].shape), grads[3]) / gradient_limit
     return errors

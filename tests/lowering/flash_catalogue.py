@@ -12,7 +12,7 @@ import torch
 from flash_cases import CAP, MIN32, SCALE, Case
 from torch import Tensor
 
-from attnfx.lowering.flash import Program
+from attnfx.lowering.call import Program
 
 
 def with_offset(case: Case, loads: tuple[Tensor, ...]) -> Tensor:

@@ -1,5 +1,6 @@
 """The generated source is what was reviewed; with ATTNFX_REFRESH_GOLDEN=1 these tests write it anew, to be read again."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -126,3 +127,16 @@ def test_modules_are_written_once_and_reused(tmp_path: Path, monkeypatch: pytest
     (file,) = tmp_path.glob("*.py")
     assert file.read_text(encoding="utf-8") == codegen.source(plan)
     assert codegen.program(plan) is first
+
+
+def test_tables_of_distances_are_given_from_their_middle_in_base_2() -> None:
+    plan = make_plan(REVIEWED["t5"], "flash")
+    assert isinstance(plan, KernelPlan)
+    queries, keys = int(plan.site.queries), int(plan.site.keys)
+    # a compiler may leave gaps between the rows of what it makes
+    table = torch.randn(int(plan.site.heads), queries + keys + 20)[:, : queries + keys - 1]
+    loads = [torch.randn(32, int(plan.site.heads)), table]
+    (given,) = codegen.pointers(plan, keys, loads)
+    strides = codegen.ints(plan, plan.values((), keys, loads), (given,))[-2:]
+    assert strides == given.stride()
+    assert torch.allclose(given[:, 0], table[:, keys - 1] * math.log2(math.e))

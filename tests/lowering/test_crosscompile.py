@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, default
-from attnfx.lowering.crosscompile import LISTED, LISTS, TARGETS, Job, check
+from attnfx.lowering.crosscompile import LISTED, LISTS, SHORT, TARGETS, Job, check
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -37,6 +37,13 @@ def test_lists_compile_without_spills(target: str) -> None:
     rows = check([target], [Job(LISTED, torch.bfloat16, 64, target, (*LISTS, "forward"))], processes=1)
     assert {row.template for row in rows} == {*LISTS, "forward"}
     assert [row for row in rows if not row.ok or (row.spills and row.template in LISTS)] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernels_for_few_rows_compile(target: str) -> None:
+    rows = check([target], [Job("bias, finfo.min added", torch.bfloat16, 32, target, SHORT)], processes=1)
+    assert {row.template for row in rows} == set(SHORT)
+    assert [row for row in rows if not row.ok] == []
 
 
 def test_unknown_target_is_refused() -> None:

@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 # chosen by the start of their names; together they hold every case
 GROUPS = ("plain", "layout", "softcap", "causal", "window", "padding", "padded", "alibi", "tile", "column", "diagonal",
-          "dropout", "weight", "empty")  # fmt: skip
+          "dropout", "weight", "short", "empty")  # fmt: skip
 
 
 @pytest.mark.interpreter

@@ -4,11 +4,23 @@
 import triton
 import triton.language as tl
 
-from attnfx.lowering import launch
+from attnfx.lowering import checks, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # below any real score, above finfo.min of float32 and bfloat16 divided by log2(e)
 MASKED_OUT = tl.constexpr(-1e38)
+
+
+# queries and keys that a kernel takes
+LONGEST = tl.constexpr(checks.LONGEST)
+
+
+@triton.jit
+def known_size(n):
+    """Tells the compiler that a number of rows or keys is neither negative nor LONGEST: sums of such numbers then do not overflow,
+    and the addresses of a tile become one address and constants."""
+    tl.assume(n >= 0)
+    tl.assume(n < LONGEST)
 
 
 @triton.constexpr_function

@@ -4,8 +4,16 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import known_size
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
-from attnfx.lowering.templates.tiles import column_pointers, head_base, is_listed, load_tile, probability_factor, row_pointers
+from attnfx.lowering.templates.tiles import (
+    column_pointers,
+    head_base,
+    is_listed,
+    load_tile,
+    probability_factor,
+    row_pointers,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches"])
@@ -192,6 +200,8 @@ def _tile_gradient(
     PRECISION: tl.constexpr,
 ):
     """dz [BLOCK_M, BLOCK_N], or dz * SCORE_GRAD where given, of the tile at (i_first, j_first) of head (b, h), zero outside."""
+    known_size(i_first)
+    known_size(j_first)
     bh = b * heads + h
     b = tl.cast(b, tl.int32)
     h = tl.cast(h, tl.int32)

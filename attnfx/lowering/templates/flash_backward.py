@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import known_size
 from attnfx.lowering.templates.gradient import gradient_walks, logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start, within
@@ -102,7 +103,9 @@ def flash_query_gradient(
     if DROPOUT:
         noise = (tl.load(seed), dropout_p)
 
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_first = tile * BLOCK_M
+    known_size(i_first)
+    offs_m = i_first + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -113,15 +116,14 @@ def flash_query_gradient(
 
     # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV]; key and value pointers [BLOCK_D or BLOCK_DV, BLOCK_N]
     queries = row_stream(q, q_strides, b, h, tl.arange(0, BLOCK_M), offs_d, TMA)
-    q_tile = row_tile(queries, tile * BLOCK_M, row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    q_tile = row_tile(queries, i_first, row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
     grads = row_stream(grad_o, grad_o_strides, b, h, tl.arange(0, BLOCK_M), offs_dv, TMA)
-    grad_tile = row_tile(grads, tile * BLOCK_M, row_ok, dv_ok, True, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
+    grad_tile = row_tile(grads, i_first, row_ok, dv_ok, True, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
     keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
     values = column_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
     lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
 
-    i_first = tile * BLOCK_M
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
     literal = False
     if EXACT_ROWS:
@@ -269,7 +271,9 @@ def flash_key_gradient(
     if DROPOUT:
         noise = (tl.load(seed), dropout_p)
 
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    j_first = tile * BLOCK_N
+    known_size(j_first)
+    offs_n = j_first + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -279,11 +283,10 @@ def flash_key_gradient(
     dv_ok = (offs_dv < DV)[None, :]
     # k_tile [BLOCK_N, BLOCK_D], v_tile [BLOCK_N, BLOCK_DV]
     keys = row_stream(k, k_strides, b, hk, tl.arange(0, BLOCK_N), offs_d, TMA)
-    k_tile = row_tile(keys, tile * BLOCK_N, key_ok, d_ok, True, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+    k_tile = row_tile(keys, j_first, key_ok, d_ok, True, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
     values = row_stream(v, v_strides, b, hk, tl.arange(0, BLOCK_N), offs_dv, TMA)
-    v_tile = row_tile(values, tile * BLOCK_N, key_ok, dv_ok, True, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
+    v_tile = row_tile(values, j_first, key_ok, dv_ok, True, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
 
-    j_first = tile * BLOCK_N
     j_last = tl.minimum(j_first + BLOCK_N, N) - 1
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import known_size
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import (
     LN2,
@@ -85,7 +86,9 @@ def flash_forward(
     if DROPOUT:
         noise = (tl.load(seed), dropout_p)
 
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_first = tile * BLOCK_M
+    known_size(i_first)
+    offs_m = i_first + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -96,11 +99,10 @@ def flash_forward(
 
     # q_tile [BLOCK_M, BLOCK_D]; tiles of keys [BLOCK_D, BLOCK_N], of values [BLOCK_N, BLOCK_DV]
     queries = row_stream(q, q_strides, b, h, tl.arange(0, BLOCK_M), offs_d, TMA)
-    q_tile = row_tile(queries, tile * BLOCK_M, row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    q_tile = row_tile(queries, i_first, row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
     keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
     values = row_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
 
-    i_first = tile * BLOCK_M
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
     full, masked = walks(i_first, i_last, N, ints, blocks, b, h, KV_RANGE, KEEP, BLOCK_N, LISTS)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -201,12 +203,12 @@ def _visit(
         start = tile_start(position, split, gap, MASKED, LISTS)
         offs_j = start + offs_n
         inside = offs_j < N
-        # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
-        k_tile = column_tile(keys, start, inside[None, :], d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
-        dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         j = offs_j[None, :]
         if MASKED:
             j = tl.minimum(offs_j, N - 1)[None, :]
+        # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
+        k_tile = column_tile(keys, start, inside[None, :], d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+        dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         z = SCORE(dot, b, h, i, j, loads, ints)
         if LITERAL:
             z = z * LN2

@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import known_size
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # rows (or keys) that share a list of tiles, and keys (or rows) of a tile in it
@@ -14,7 +16,7 @@ WALKED = tl.constexpr(64)
 @triton.jit
 def head_base(base, strides, b, h):
     """Pointer to element (b, h, 0, 0) of a 4-D tensor; int64, since B * H * M * D passes 2**31 in ordinary models."""
-    return base + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    return base + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
 
 
 @triton.jit
@@ -109,6 +111,7 @@ def tile_start(position, split, gap, MASKED: tl.constexpr, LISTS: tl.constexpr):
         start = tl.where(gap == 0, position, (tile - place) * WALKED + position)
     elif MASKED:
         start = position + tl.where(position >= split, gap, 0)
+    known_size(start)
     return start
 
 

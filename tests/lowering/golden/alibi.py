@@ -5,10 +5,12 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import gathered
+
 
 @triton.jit
 def score(dot, b, h, i, j, loads, ints):
-    x0 = tl.cast(tl.load(loads[0] + tl.cast(h, tl.int64) * ints[0] + tl.cast(j, tl.int64) * ints[1]), tl.float32)
+    x0 = tl.cast(gathered(loads[0] + tl.cast(h, tl.int64) * ints[0] + tl.cast(j, tl.int64) * ints[1]), tl.float32)
     return (dot * 0.36067376022224085) + (x0 * 1.4426950408889634)
 
 

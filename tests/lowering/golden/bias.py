@@ -5,12 +5,12 @@
 import triton
 import triton.language as tl
 
-from attnfx.lowering.templates.arithmetic import to_base_2
+from attnfx.lowering.templates.arithmetic import gathered, to_base_2
 
 
 @triton.jit
 def score(dot, b, h, i, j, loads, ints):
-    x0 = tl.cast(tl.load(loads[0] + tl.cast(h, tl.int64) * ints[0] + tl.cast(i, tl.int64) * ints[1] + tl.cast(j, tl.int64) * ints[2]), tl.float32)
+    x0 = tl.cast(gathered(loads[0] + tl.cast(h, tl.int64) * ints[0] + tl.cast(i, tl.int64) * ints[1] + tl.cast(j, tl.int64) * ints[2]), tl.float32)
     return (dot * 0.36067376022224085) + to_base_2(x0)
 
 

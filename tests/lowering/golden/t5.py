@@ -5,13 +5,13 @@
 import triton
 import triton.language as tl
 
-from attnfx.lowering.templates.arithmetic import gathered, to_base_2
+from attnfx.lowering.templates.arithmetic import gathered
 
 
 @triton.jit
 def score(dot, b, h, i, j, loads, ints):
-    x0 = tl.cast(gathered(loads[0] + tl.cast(h, tl.int64) * ints[1] + tl.cast(ints[0] + i - j - 1, tl.int64) * ints[2]), tl.float32)
-    return (dot * 1.4426950408889634) + to_base_2(x0)
+    x0 = tl.cast(gathered(loads[0] + tl.cast(h, tl.int64) * ints[1] + tl.cast(i - j, tl.int64) * ints[2]), tl.float32)
+    return (dot * 1.4426950408889634) + x0
 
 
 @triton.jit

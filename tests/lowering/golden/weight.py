@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.arithmetic import gathered
+
 
 @triton.jit
 def score(dot, b, h, i, j, loads, ints):
@@ -24,7 +26,7 @@ def keep(b, h, i, j, loads, ints):
 
 @triton.jit
 def weight(b, h, i, j, loads, ints):
-    x0 = tl.cast(tl.load(loads[0] + tl.cast(b, tl.int64) * ints[0] + tl.cast(j, tl.int64) * ints[1]), tl.float32)
+    x0 = tl.cast(gathered(loads[0] + tl.cast(b, tl.int64) * ints[0] + tl.cast(j, tl.int64) * ints[1]), tl.float32)
     return x0
 
 
