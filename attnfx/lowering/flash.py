@@ -18,6 +18,7 @@ from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.flash_backward import flash_delta, flash_key_gradient, flash_query_gradient
 from attnfx.lowering.templates.flash_forward import flash_forward
+from attnfx.lowering.tuning.lookup import tuned
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Program:
     hidden      natural logit from which on, in magnitude, a row's maximum is that of a mask added as data: such rows
                 keep their maximum and sum apart, since in fp32 their LSE has lost the sum
     empty_zero  with exact_rows: a row without keys gives O = 0 and not NaN
+    key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
 
     score: Any
@@ -52,6 +54,7 @@ class Program:
     empty_zero: bool = False
     weight: Any | None = None
     coarse: Any | None = None
+    key: str = ""
 
     @property
     def open(self) -> bool:
@@ -295,7 +298,8 @@ class _Launch:
         usual = default(kernel, q.dtype, d, dv, target)
         if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target)
-        chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
+        chosen = config or tuned(kernel, program.key, q, k, v, blocks is not None, dropout_p > 0.0)
+        chosen = chosen or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
             chosen = listed(kernel, chosen, target)
         if square:
