@@ -20,7 +20,8 @@ def request_searches(gm: fx.GraphModule, report: Report) -> bool:
     from attnfx.lowering import codegen
     from attnfx.lowering.tuning import calls, plain
 
-    targets = (torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_unnormalised.default)
+    known = torch.ops.attnfx
+    targets = (known.attention.default, known.attention_lse.default, known.attention_unnormalised.default)
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target in targets and (plan := KernelPlan.from_json(node.args[-1])).family == "flash":

@@ -37,12 +37,13 @@ FORWARD, BACKWARD = 0.35, 0.65
 @dataclass
 class Session:
     """How searches are made: seconds for each attention and shape, who is told of progress (None: a bar on the terminal), and
-    whether also for what is remembered; and what they found."""
+    whether also for what is remembered; what they found, and how many kernels were remembered."""
 
     seconds: float = SECONDS
     tell: Tell | None = None
     again: bool = False
     outcomes: list[search.Outcome] = field(default_factory=list)
+    remembered: int = 0
 
 
 _requested: set[str] = set()
@@ -103,7 +104,9 @@ def _search(operands: Operands, who: cache.Identity, how: Session, tell: Tell) -
     """All kernels of a call that are not remembered."""
     device, target = operands.q.device, target_of(operands.q.device)
     known = lookup.table(device)
-    kernels = {k: c for k, c in operands.kernels(target).items() if how.again or operands.key(k) not in known}
+    launched = operands.kernels(target)
+    kernels = {k: c for k, c in launched.items() if how.again or operands.key(k) not in known}
+    how.remembered += len(launched) - len(kernels)
     share = (FORWARD if operands.grad_out is None else BACKWARD) * how.seconds
     for left, (kernel, start) in zip(range(len(kernels), 0, -1), kernels.items(), strict=True):
         subject = OnDevice(operands, kernel, start, target)

@@ -116,8 +116,7 @@ class Operands:
     def following(self, grad_out: Tensor) -> Operands:
         """The call of `attnfx::flash_backward` after this one."""
         out, r = self._forward()
-        saved = {"out": out, "lse": r.lse, "row_max": r.row_max, "row_sum": r.row_sum, "degenerate": r.degenerate}
-        return replace(self, **saved, grad_out=grad_out)
+        return replace(self, out=out, lse=r.lse, row_max=r.row_max, row_sum=r.row_sum, degenerate=r.degenerate, grad_out=grad_out)
 
     def _calls(self, target: str, kernel: str | None) -> list[Call]:
         with launch.recording(target) as recorded:

@@ -1,7 +1,7 @@
 """Plain attention, which the vendor's kernels and the generated ones can both run: which of them is faster here.
 
-The vendor's are, wherever it was measured; so only a search looks, on tensors of noise when a graph is compiled, since these kernels
-are no operator of ours that could look at its first call.
+The vendor's are, wherever it was measured. So only a search looks, on tensors of noise when a graph is compiled: these kernels are
+no operator of ours that could look at its first call.
 """
 
 from __future__ import annotations
