@@ -128,7 +128,7 @@ def tune(
     factory: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PACKAGE.MODULE:FACTORY]",
+            metavar="PACKAGE.MODULE:FACTORY",
             help="A function that returns (model, args, kwargs), (model, args), or with --inputs the model; on a GPU.",
         ),
     ] = None,

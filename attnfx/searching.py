@@ -15,8 +15,6 @@ def request_searches(gm: fx.GraphModule, report: Report) -> bool:
 
     Whether a comparison speaks for another kernel than the graph has: then it is to be rewritten again.
     """
-    if not torch.cuda.is_available():
-        return False
     from attnfx.lowering import codegen
     from attnfx.lowering.tuning import calls, plain
 

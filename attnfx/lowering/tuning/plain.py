@@ -48,7 +48,7 @@ def prefers_generated(site: AttentionSite) -> Comparison | None:
 def settle(sites: Sequence[AttentionSite]) -> bool:
     """Compare the two for each plain attention that was not compared; whether the generated kernels are to be preferred for one."""
     for site in dict.fromkeys(sites):
-        if (place := _place(site)) is None or compared(site) is not None:
+        if site.device != "cuda" or (place := _place(site)) is None or compared(site) is not None:
             continue
         device, text, name = place
         who = cache.identity(device)
