@@ -65,9 +65,9 @@ def estimate(kernel: str, choice: Choice, shape: Shape, target: str, multiproces
     registers = min(REGISTERS, accumulators + OTHER)
     room = SHARED_LIMIT[target] // max(shared, 1)
     resident = max(1, min(FILE // (registers * threads), room, THREADS // threads, PROGRAMS))
-    programs = _programs(kernel, choice, shape)
-    waves = programs / (resident * multiprocessors)
-    return Estimate(accumulators, least, shared, resident, waves, _cost(kernel, choice, shape, accumulators, resident, waves))
+    each = _programs(kernel, choice, shape) / multiprocessors
+    cost = _cost(kernel, choice, shape, accumulators, resident, each)
+    return Estimate(accumulators, least, shared, resident, each / resident, cost)
 
 
 def objection(kernel: str, choice: Choice, shape: Shape, target: str, multiprocessors: int) -> str | None:
@@ -111,14 +111,15 @@ def _programs(kernel: str, choice: Choice, shape: Shape) -> int:
     return shape.batch * shape.heads * -(-shape.queries // choice.block_m)
 
 
-def _cost(kernel: str, choice: Choice, shape: Shape, accumulators: int, resident: int, waves: float) -> float:
+def _cost(kernel: str, choice: Choice, shape: Shape, accumulators: int, resident: int, each: float) -> float:
+    """``each``: programs for each multiprocessor, on average."""
     own, walked = (16, choice.block_n) if isinstance(choice, Tile) else (choice.block_m, choice.block_n)
     if kernel == "key_gradient":
         own, walked = walked, own
     read = (shape.head_dim + shape.value_dim) * shape.dtype.itemsize / own
     a_score = 1.0 + read / SCORE_BYTES + TILE_SCORES / (own * walked)
-    # tiles that nobody computes meanwhile wait for memory; the last wave may be a small one
+    # a program that nobody else computes beside waits for its memory; the busiest multiprocessor is the last one
     waiting = 1.0 + 1.0 / (resident * choice.num_warps * min(choice.num_stages, 3))
-    tail = math.ceil(waves) / waves if waves > 0 else 1.0
+    tail = math.ceil(each) / each if each > 0 else 1.0
     spilled = 1.0 + max(0, accumulators + OTHER - REGISTERS) / REGISTERS
     return a_score * waiting * tail * spilled

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import cast
 
 import torch
 
@@ -103,10 +104,7 @@ def _allowed(kernel: str, shape: Shape, target: str, grid: Sequence[Choice], kno
 
 def _fitting(kernel: str, shape: Shape, target: str, grid: Sequence[Choice]) -> Iterator[Choice]:
     for choice in grid:
-        if isinstance(choice, Config):
-            if kernel == "diagonal_bias" and choice.block_m != choice.block_n:
-                continue
-            if shape.lists:
-                name: Kernel = kernel  # type: ignore[assignment]
-                choice = listed(name, choice, target)
-        yield choice
+        if isinstance(choice, Config) and shape.lists:
+            choice = listed(cast(Kernel, kernel), choice, target)
+        if isinstance(choice, Tile) or kernel != "diagonal_bias" or choice.block_m == choice.block_n:
+            yield choice
