@@ -161,7 +161,7 @@ def tune(
 
     where = tuning.here()
     if taken is not None:
-        problems.print(f"{tuning.import_file(taken, force)} new entries from {taken}.", markup=False, highlight=False)
+        problems.print(f"{tuning.import_file(taken, force)} new entries from {taken}.", markup=False, soft_wrap=True)
     if factory is not None:
         rules = Policy.load(policy) if policy is not None else None
         model, args, kwargs = model_and_inputs(factory, inputs)
@@ -175,10 +175,10 @@ def tune(
             what = (
                 f"{done.remembered} kernels are remembered; --again searches anew" if done.remembered else "no kernel ran on a GPU"
             )
-            problems.print(f"There was nothing to search for: {what}.", markup=False, highlight=False)
-        problems.print(f"Remembered for {where} in {done.file}", markup=False, highlight=False, soft_wrap=True)
+            problems.print(f"There was nothing to search for: {what}.", markup=False, soft_wrap=True)
+        problems.print(f"Remembered for {where} in {done.file}", markup=False, soft_wrap=True)
     if export is not None:
-        problems.print(f"{tuning.export_file(export)} entries written to {export}.", markup=False, highlight=False)
+        problems.print(f"{tuning.export_file(export)} entries written to {export}.", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from attnfx.lowering import crosscompile
 from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, Config, Tile, default, listed
-from attnfx.lowering.tuning import model, space
+from attnfx.lowering.tuning import lookup, model, space
 from attnfx.lowering.tuning.shapes import Shape, bucket
 
 LONG = Shape(2, 8, 4, 4096, 4096, 64, 64, torch.bfloat16)
@@ -127,16 +127,14 @@ def test_shared_memory_is_what_the_compiler_takes(row: Any) -> None:
     assert registers == 255 or found.accumulators < registers
 
 
-def test_the_numbers_are_those_of_the_compiler() -> None:
-    kernel, head_dim, *config, registers, spills, shared = COMPILED[0]
-    job = crosscompile.Job("causal", torch.bfloat16, head_dim, "sm90", (kernel,))
-    ((_, call),) = crosscompile._calls(job)
-    assert [call.given[n] for n in ("BLOCK_M", "BLOCK_N", "num_warps")] == config[:3]
-    (row,) = crosscompile.compile_job(job)
-    stages = int(call.given["STAGES"])
-    found = model.estimate(kernel, Config(*config[:3], stages), _shape(head_dim), "sm90", 132)
-    assert found.least <= row.shared <= 1.1 * found.shared
-    assert found.accumulators < row.registers
+@pytest.mark.parametrize("row", [COMPILED[0], COMPILED[9]], ids=lambda row: row[0])
+def test_the_numbers_are_those_of_the_compiler(row: Any) -> None:
+    kernel, head_dim, *config, registers, spills, shared = row
+    with lookup.forced({kernel: Config(*config)}):
+        (found,) = crosscompile.compile_job(crosscompile.Job("causal", torch.bfloat16, head_dim, "sm90", (kernel,)))
+    assert found.shared == pytest.approx(shared, rel=0.05)
+    assert found.registers == pytest.approx(registers, rel=0.2)
+    assert (found.spills > 0) == (spills > 0)
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)

@@ -19,8 +19,8 @@ from torch import nn
 from tuning_calls import backward_call, example, forward_call
 
 import attnfx.tune
-from attnfx.lowering import flash, launch, ops
 from attnfx.lowering import decode as split
+from attnfx.lowering import flash, launch, ops
 from attnfx.lowering.configs import Choice, Config
 from attnfx.lowering.tuning import cache, calls, lookup, plain
 from attnfx.lowering.tuning.compilers import Compiled

@@ -42,7 +42,8 @@ class Compilers:
         self.processes = processes or min(MOST, cores())
         self._threads = ThreadPoolExecutor(self.processes, "attnfx-tune", initializer=self._start)
         self._own = threading.local()
-        self._lock, self._running, self._closed = threading.Lock(), list[subprocess.Popen[str]](), False
+        self._lock, self._closed = threading.Lock(), False
+        self._running: list[subprocess.Popen[str]] = []
 
     def compile(self, job: Mapping[str, Any], choices: Sequence[Choice], seconds: float) -> Iterator[tuple[Choice, Compiled]]:
         """Each of ``choices`` that is compiled within the time, in order; ``job`` is the worker's, without "config".

@@ -74,7 +74,7 @@ def safely(call: Callable[[], T]) -> T:
     try:
         return call()
     except TritonError:
-        if _FORCED.get() is not None or not _tables:
+        if _FORCED.get() is not None or not any(_tables.values()):
             raise
         with forced({}):
             return call()

@@ -31,8 +31,8 @@ Compile = Callable[[Sequence[Choice], float], Iterator[tuple[Choice, Compiled]]]
 ROUGH, FINE, ROUNDS = 20.0, 60.0, 3
 #: Candidates that are measured again, and the share of time that one must save to be worth an entry.
 FINALISTS, WORTH = 3, 0.02
-#: Candidates of the grid, and of the neighbours, that are compiled.
-GRID, NEIGHBOURS = 32, 16
+#: Candidates of the grid, and of the neighbours, that are compiled, and how often there are neighbours of better neighbours.
+GRID, NEIGHBOURS, STEPS = 32, 16, 2
 #: The share of the seconds after which compiling the grid ends.
 COMPILING = 0.5
 
@@ -102,10 +102,12 @@ def search(subject: Subject, wanted: Sequence[Tensor] | None, means: Means, seco
     arguments = subject.kernel, subject.shape, means.target
     grid = found.promising(space.coarse(*arguments, subject.start), GRID)
     found.visit(grid, COMPILING * seconds)
-    leaders = sorted(found.times, key=found.times.__getitem__)[:FINALISTS]
-    around = space.near(*arguments, leaders, [*found.times, *found.seen])
-    around = [c for c in around if not found.pruned(c)][:NEIGHBOURS]
-    found.visit(around, found.left() * COMPILING)
+    for _ in range(STEPS):
+        leaders = sorted(found.times, key=found.times.__getitem__)[:FINALISTS]
+        around = [c for c in space.near(*arguments, leaders, [*found.times, *found.seen]) if not found.pruned(c)]
+        found.visit(around[:NEIGHBOURS], found.left() * COMPILING)
+        if min(found.times, key=found.times.__getitem__) in leaders:
+            break
     return found.outcome(begun)
 
 
