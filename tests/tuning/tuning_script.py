@@ -21,7 +21,7 @@ from tuning_calls import backward_call, example, forward_call
 import attnfx.tune
 from attnfx.lowering import decode as split
 from attnfx.lowering import flash, launch, ops
-from attnfx.lowering.configs import Choice, Config
+from attnfx.lowering.configs import Choice, Config, Tile
 from attnfx.lowering.tuning import cache, calls, lookup, plain
 from attnfx.lowering.tuning.compilers import Compiled
 from attnfx.lowering.tuning.entries import Comparison, Entry
@@ -48,8 +48,9 @@ def prepared(prefer: Callable[[dict[str, Any]], float] = lambda given: 1.0) -> N
         return prefer(current[0].given) if current else 1.0
 
     def compiled(subject: Any, choices: Sequence[Choice], seconds: float) -> Iterator[tuple[Choice, Compiled]]:
-        small = [c for c in choices if c.block_n == 16 and getattr(c, "block_m", 16) == 16]
-        yield from ((choice, Compiled(shared=1000)) for choice in (small or choices)[:2])
+        # the smallest tiles, and the most splits: the interpreter is slow, and two are enough
+        few = sorted(choices, key=lambda c: -c.splits if isinstance(c, Tile) else c.block_m * c.block_n)[:2]
+        yield from ((choice, Compiled(shared=1000)) for choice in few)
 
     Operands.calls = watched  # type: ignore[method-assign]
     cache.identity = lambda device: WHO

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,9 @@ def identity(device: torch.device) -> Identity | None:
 
 @lru_cache
 def _identity(name: str) -> Identity:
-    return Identity(name, torch.__version__.partition("+")[0], metadata.version("triton"), __version__, _kernels())
+    import triton
+
+    return Identity(name, torch.__version__.partition("+")[0], triton.__version__.partition("+")[0], __version__, _kernels())
 
 
 @lru_cache
@@ -81,13 +82,13 @@ def load(who: Identity) -> dict[str, Remembered]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        _warn(f"{who.path} cannot be read: {error}")
+        _warn(f"the file for {who} cannot be read: {error}")
     except ValueError:
         try:
             with _locked(who):  # nobody who writes it is half-way now
                 return _load_or_set_aside(who)
         except (OSError, Timeout) as error:
-            _warn(f"{who.path} cannot be read, nor set aside: {error}")
+            _warn(f"the file for {who} cannot be read, nor set aside: {error}")
     return {}
 
 
@@ -103,7 +104,7 @@ def add(who: Identity, found: Entries, keep: bool = False) -> dict[str, Remember
             replace_file(who.path, written(who, merged))
             return merged
     except (OSError, Timeout) as error:
-        _warn(f"{who.path} cannot be written ({error}); what was found is forgotten when this process ends")
+        _warn(f"the file for {who} cannot be written ({error}); what was found is forgotten when this process ends")
         return {**load(who), **found}
 
 
@@ -134,8 +135,8 @@ def import_file(path: Path, who: Identity, force: bool = False) -> int:
 @contextmanager
 def searching(who: Identity, seconds: float) -> Iterator[bool]:
     """Whether this process may search now; waits for another one that does, at most so many seconds."""
-    lock = FileLock(_beside(who, ".search"), timeout=seconds)
     try:
+        lock = FileLock(_beside(who, ".search"), timeout=seconds)
         lock.acquire()
     except Timeout:
         yield False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,10 +89,10 @@ def prepare(operands: Operands) -> None:
         return
     _done.add(call)
     try:
-        with _disable_current_modes(), torch.no_grad(), cache.searching(who, _usual.seconds) as may:
+        with _disable_current_modes(), torch.no_grad(), current(device), cache.searching(who, _usual.seconds) as may:
+            lookup.replace(device, cache.load(who))
             if not may:
                 return  # another process is at it, and took all of the time
-            lookup.replace(device, cache.load(who))
             with bar() if _usual.tell is None else nullcontext(_usual.tell) as tell:
                 _search(operands, who, _usual, tell)
     except Exception as error:
@@ -169,6 +169,11 @@ def _compiled(subject: OnDevice, choices: Any, seconds: float) -> Iterator[tuple
         yield from shared.get().compile(job, choices, seconds)
     finally:
         shared.rest()
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU current: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _capturing(device: torch.device) -> bool:
