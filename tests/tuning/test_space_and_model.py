@@ -113,6 +113,8 @@ def test_splits_are_searched_for_beside_the_tile() -> None:
     grid = space.coarse(space.DECODE, shape, "sm90", start)
     assert {c.splits for c in grid if isinstance(c, Tile)} == {4, 8, 16}
     assert Tile(64, 4, 3, 12) in space.near(space.DECODE, shape, "sm90", [start], [start])
+    few = space.coarse(space.DECODE, replace(shape, keys=300), "sm90", Tile(64, 4, 3, 4))
+    assert all(c.splits <= -(-300 // c.block_n) for c in few if isinstance(c, Tile))  # no split is empty
 
 
 @pytest.mark.parametrize("row", COMPILED, ids=lambda row: " ".join(map(str, row[:6])))

@@ -12,15 +12,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "lowering"))
 
-from lowering_sites import SCALED, Example, H, I, J, alibi, causal, load, side, site, window
+from lowering_sites import SCALED, B, Example, H, I, J, alibi, causal, load, side, site, window
 
-from attnfx.lowering import portable
+from attnfx import expr
+from attnfx.lowering import blocks, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.tuning.operands import Operands
 
 
 def example(name: str, **changes: Any) -> Example:
-    """A site by name: ALiBi under a causal mask, a window, a learned bias (tile, column), a decode step."""
+    """A site by name: ALiBi under a causal mask, a window, a learned bias (tile, column), documents, or else causal."""
     heads = changes.get("heads", 4)
     learned = {
         "tile": ((heads, changes.get("queries", 37), changes.get("keys", 53)), (H, I, J)),
@@ -33,6 +34,11 @@ def example(name: str, **changes: Any) -> Example:
     if name == "alibi":
         made = site(alibi(), causal(changes.get("keys", 53) - changes.get("queries", 37)), side=(side(heads),), **changes)
         return Example(name, made, lambda dtype: (torch.rand(heads),))
+    if name == "documents":
+        keep = expr.logical_and(causal(), expr.eq(*(load(0, B, x, dtype=torch.int64) for x in (I, J))))
+        shape = (changes.get("batch", 2), changes["keys"])
+        made = site(keep=keep, side=(side(*shape, dtype=torch.int64),), empty_rows="zero", **changes)
+        return Example(name, made, lambda dtype: (torch.randint(0, 3, shape).sort(-1).values,))
     return Example(name, site(keep=window(7) if name == "window" else causal(16), **changes))
 
 
@@ -47,7 +53,11 @@ def forward_call(name: str, dtype: torch.dtype = torch.float32, **changes: Any) 
     q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
     given = [t.detach() for t in made.loads(torch.float32)]
     tables = [t.build(q, n, given, plan.values((), n, given)) for t in plan.tables]
-    return Operands(plan.to_json(), q, k, v, (*given, *tables), ())
+    call = Operands(plan.to_json(), q, k, v, (*given, *tables), ())
+    if blocks.mask_of(call.text) is None or not blocks.worthwhile(m, n):
+        return call
+    rows, keys = (torch.zeros(blocks.shape(b, 1, m, n, by_keys), dtype=torch.int32) for by_keys in (False, True))
+    return replace(call, row_blocks=rows, key_blocks=keys)  # as many lists as there are, all of them empty
 
 
 def backward_call(call: Operands) -> Operands:

@@ -106,5 +106,7 @@ def _fitting(kernel: str, shape: Shape, target: str, grid: Sequence[Choice]) -> 
     for choice in grid:
         if isinstance(choice, Config) and shape.lists:
             choice = listed(cast(Kernel, kernel), choice, target)
+        if isinstance(choice, Tile):
+            choice = replace(choice, splits=min(choice.splits, -(-shape.keys // choice.block_n)))
         if isinstance(choice, Tile) or kernel != "diagonal_bias" or choice.block_m == choice.block_n:
             yield choice
