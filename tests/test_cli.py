@@ -155,7 +155,7 @@ def test_doctor_says_what_runs_here() -> None:
     result = _run("doctor")
     assert result.exit_code == 0
     facts = json.loads(_run("doctor", "--json").stdout)["installed"]
-    assert {"attnfx", "python", "torch", "C++ compiler", "backend", "device", "lowering"} <= facts.keys()
+    assert {"attnfx", "python", "torch", "C++ compiler", "backend", "device", "lowering", "tuned"} <= facts.keys()
     assert facts["attnfx"] == attnfx.__version__
 
 

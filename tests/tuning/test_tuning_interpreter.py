@@ -91,6 +91,8 @@ def test_a_plain_attention_runs_as_what_was_measured_to_be_faster(searched: Any)
     found = searched("compared")
     assert (found["found"]["vendor_ms"], found["found"]["generated_ms"]) == (6.0, 2.0)
     assert (found["before"], found["after"], found["close"]) == ("vendor", "flash", "vendor")
+    assert found["tuned"] == 2  # forward and backward
+    assert found["hopeless"] == [6.1, 0]  # half as long again as the vendor's: no search makes up for that
     assert found["reason"] == "measured: 2 ms, torch's own kernel 6 ms"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from attnfx.site import AttentionSite
 
 #: The share of the vendor's time that the generated kernels must save to be preferred.
 WORTH = 0.05
+#: How many times as long as the vendor's they may take before a search: more, no configuration makes up for.
+REACH = 1.5
 _KERNEL = "plain"
 
 
@@ -64,25 +67,45 @@ def settle(sites: Sequence[AttentionSite]) -> bool:
 
 
 def compare(site: AttentionSite, text: str, device: torch.device, timer: search.Timer = calls.timer) -> Comparison:
-    """Times of both on noise, the generated kernels tuned before; forward, and backward where the site wants gradients."""
+    """Times of both on noise, forward, and backward where the site wants gradients; the generated kernels tuned, unless they are
+    too far behind for that."""
+    forward = noise(site, text, device)
+    passes = [forward]
+    if site.requires_grad:
+        with torch.no_grad():
+            passes.append(forward.following(forward.v.new_ones(forward.results()[0].shape)))
+    theirs = _vendors(site, forward, timer)
+
+    def generated() -> float:
+        return sum(timer(partial(_run, call), search.FINE) for call in passes)
+
+    ours = generated()
+    if ours <= REACH * theirs:
+        for call in passes:
+            _tune(call)
+        ours = generated()
+    about = f"{Shape.of(forward.q, forward.k, forward.v)}: {site}"[:300]
+    return Comparison(round(theirs, 5), round(ours, 5), about, str(datetime.date.today()))
+
+
+def _vendors(site: AttentionSite, call: Operands, timer: search.Timer) -> float:
     from attnfx.lowering import vendor
 
-    operands = noise(site, text, device)
-    q, k, v = (t.detach().requires_grad_(site.requires_grad) for t in (operands.q, operands.k, operands.v))
+    q, k, v = (t.detach().requires_grad_(site.requires_grad) for t in (call.q, call.k, call.v))
     causal, scale = vendor.is_causal(site), site.scale
     assert scale is not None
-    theirs = timer(lambda: _forward(q, k, v, causal, scale), search.FINE)
-    _tune(operands)
-    ours = timer(lambda: _results(operands), search.FINE)
+
+    def attend() -> None:
+        with torch.no_grad():
+            vendor.call(q, k, v, causal, scale, 0.0)
+
+    spent = timer(attend, search.FINE)
     if site.requires_grad:
         with torch.enable_grad():
             out = vendor.call(q, k, v, causal, scale, 0.0)
-            theirs += timer(lambda: _gradients(out, (q, k, v), operands.v.new_ones(out.shape)), search.FINE)
-        back = operands.following(operands.v.new_ones(out.shape))
-        _tune(back)
-        ours += timer(lambda: _results(back), search.FINE)
-    about = f"{Shape.of(operands.q, operands.k, operands.v)}: {site}"[:300]
-    return Comparison(round(theirs, 5), round(ours, 5), about, str(datetime.date.today()))
+        grad = torch.ones_like(out)
+        spent += timer(lambda: _gradients(out, (q, k, v), grad), search.FINE)
+    return spent
 
 
 def noise(site: AttentionSite, text: str, device: torch.device) -> Operands:
@@ -99,19 +122,12 @@ def noise(site: AttentionSite, text: str, device: torch.device) -> Operands:
     return Operands(text, q, k, v, (), ())
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> None:
-    from attnfx.lowering import vendor
-
-    with torch.no_grad():
-        vendor.call(q, k, v, causal, scale, 0.0)
-
-
 def _gradients(out: Tensor, inputs: Sequence[Tensor], grad: Tensor) -> None:
     torch.autograd.grad(out, tuple(inputs), grad, retain_graph=True)
 
 
-def _results(operands: Operands) -> None:
-    operands.results()
+def _run(call: Operands) -> None:
+    call.results()
 
 
 def _tune(operands: Operands) -> None:
