@@ -33,6 +33,7 @@ from attnfx.policy import Policy
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
+from attnfx.searching import request_searches
 from attnfx.site import Origin
 from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
 
@@ -55,6 +56,9 @@ def attnfx(
     """
     parsed = Options.parse(mode, options)
     rewritten, report = rewrite(gm, parsed, example_inputs)
+    if parsed.searches and request_searches(rewritten, report):
+        rewritten, report = rewrite(gm, parsed, example_inputs)
+        request_searches(rewritten, report)
     for listen in listeners.get():
         listen(report)
     if parsed.strict_sites is not None:

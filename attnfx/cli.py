@@ -124,13 +124,61 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def tune() -> None:
-    """Not in this version: kernels run with their default configurations."""
-    problems.print(
-        "This version has no autotuning: every kernel runs with the default configuration for its device, head size "
-        "and dtype (attnfx/lowering/configs.py), so there is nothing to tune and nothing was changed."
-    )
-    raise typer.Exit(2)
+def tune(
+    factory: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A function that returns (model, args, kwargs), (model, args), or with --inputs the model; on a GPU.",
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(metavar="PACKAGE.MODULE:FN", help="A function that returns (args, kwargs) or args for the model."),
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="A policy file (TOML): which variant for which layers.")] = None,
+    budget: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="For each attention and shape.")] = 60.0,
+    backward: Annotated[bool, typer.Option("--backward", help="Tune the gradients' kernels too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Search also for what is remembered.")] = False,
+    export: Annotated[Path | None, typer.Option(metavar="FILE", help="Write what is remembered for this device.")] = None,
+    taken: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="First take what was exported on a device like this one.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --import: also from another device or other versions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest configuration of each kernel that a model's attentions run, on the GPU of this machine, and remember it.
+
+    Example: [bold]attnfx tune my_package.models:make_model --backward --export tuned.json[/bold]
+    """
+    if factory is None and export is None and taken is None:
+        problems.print("Name a model to tune (package.module:function), or a file to --import or --export.")
+        raise typer.Exit(2)
+    from attnfx import tune as tuning
+    from attnfx.factories import model_and_inputs
+    from attnfx.lowering.tuning.progress import bar
+    from attnfx.policy import Policy
+
+    where = tuning.here()
+    if taken is not None:
+        problems.print(f"{tuning.import_file(taken, force)} new entries from {taken}.", markup=False, soft_wrap=True)
+    if factory is not None:
+        rules = Policy.load(policy) if policy is not None else None
+        model, args, kwargs = model_and_inputs(factory, inputs)
+        with bar(problems) as tell:
+            done = tuning.tune(model, args, kwargs, tuning.Settings(budget, backward, again, rules), tell)
+        if as_json:
+            print(json.dumps(done.to_data(), indent=2, ensure_ascii=False))
+        elif done.outcomes:
+            console.print(done.table())
+        if not done.outcomes:
+            what = (
+                f"{done.remembered} kernels are remembered; --again searches anew" if done.remembered else "no kernel ran on a GPU"
+            )
+            problems.print(f"There was nothing to search for: {what}.", markup=False, soft_wrap=True)
+        problems.print(f"Remembered for {where} in {done.file}", markup=False, soft_wrap=True)
+    if export is not None:
+        problems.print(f"{tuning.export_file(export)} entries written to {export}.", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -64,12 +64,26 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant) -> Decision:
 
 def _exact(site: AttentionSite) -> Decision:
     objections = vendor.objections(site)
+    if not objections and (decision := _measured(site)) is not None:
+        return decision
     if not objections:
         return Decision("vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site)
     plan = make_plan(site, family(site))
     if isinstance(plan, KernelPlan):
         return Decision(plan.family, plan, _why(site, objections), site)
     return Decision("kept", None, " ".join(plan), site)
+
+
+def _measured(site: AttentionSite) -> Decision | None:
+    """The generated kernels for a plain attention, where a search found them to be faster on this device."""
+    if family(site) != "flash":
+        return None
+    from attnfx.lowering.tuning import plain
+
+    won, plan = plain.prefers_generated(site), make_plan(site, "flash")
+    if won is None or not isinstance(plan, KernelPlan):
+        return None
+    return Decision(plan.family, plan, f"measured: {won.generated_ms:g} ms, torch's own kernel {won.vendor_ms:g} ms", site)
 
 
 def _proportional(e: Expr) -> bool:

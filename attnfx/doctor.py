@@ -40,6 +40,7 @@ def installed() -> dict[str, str]:
         "backend": _backend(),
         "device": _device(),
         "lowering": _lowering(),
+        "tuned": _tuned(),
     }
 
 
@@ -100,3 +101,13 @@ def _lowering() -> str:
     if _version("triton") == "not installed":
         return "portable and SDPA, because Triton is not installed"
     return "Triton kernels, and SDPA where the vendor's kernel is faster on plain attention"
+
+
+def _tuned() -> str:
+    if not torch.cuda.is_available() or _version("triton") == "not installed":
+        return "nothing: kernels are tuned on a GPU"
+    from attnfx.lowering.tuning import cache
+
+    who = cache.identity(torch.device("cuda", torch.cuda.current_device()))
+    assert who is not None
+    return f"{len(cache.load(who))} entries in {who.path}"

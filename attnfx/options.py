@@ -13,7 +13,7 @@ from attnfx.policy import Policy
 
 Compiler = Callable[..., Any]
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
-TUNE = ("off",)
+TUNE = ("off", "search")
 BUFFERS = ("read", "ignore")
 
 
@@ -26,8 +26,10 @@ class Options:
     by side on the
     real inputs, puts back what differs beyond the bound, and compares the whole graph with the original (:mod:`attnfx.measure`).
     ``inner``: what compiles the rewritten graph, "inductor" or another backend's name or callable. ``mode``: Inductor's mode.
-    ``tune``: "off", kernels run in their default configurations. ``buffers``: "read", masks and positions that a module keeps
-    as buffers
+    ``tune``: "search", the first call of each shape looks for the fastest configuration of each kernel and remembers it
+    (:mod:`attnfx.lowering.tuning`); "off", kernels run in the shipped configurations, or in those that were found before; None:
+    "search" with modes that begin with "max-autotune".
+    ``buffers``: "read", masks and positions that a module keeps as buffers
     are read when the graph is compiled, and compiled anew when they change (:mod:`attnfx.buffers`); "ignore", they are data.
     """
 
@@ -37,8 +39,13 @@ class Options:
     verify: bool = False
     inner: str | Compiler = "inductor"
     mode: str = "default"
-    tune: str = "off"
+    tune: str | None = None
     buffers: str = "read"
+
+    @property
+    def searches(self) -> bool:
+        """Whether first calls look for the fastest configurations."""
+        return self.tune == "search" or (self.tune is None and self.mode.startswith("max-autotune"))
 
     @staticmethod
     def parse(mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
@@ -58,7 +65,8 @@ class Options:
         if sites is not None and (isinstance(sites, bool) or not isinstance(sites, int) or sites < 0):
             raise UnknownOption(f'The option "strict_sites" is {sites!r}; it must be a number of attentions, or None.')
         _among("mode", given.get("mode", "default"), MODES)
-        _among("tune", given.get("tune", "off"), TUNE)
+        if given.get("tune") is not None:
+            _among("tune", given["tune"], TUNE)
         _among("buffers", given.get("buffers", "read"), BUFFERS)
         inner = given.get("inner", "inductor")
         if isinstance(inner, str):

@@ -144,10 +144,7 @@ def test_unknown_variant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert 'Did you mean "SlidingWindow"?' in err
 
 
-def test_tune_and_bench_say_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tune = _run("tune")
-    assert tune.exit_code == 2
-    assert "no autotuning" in tune.output
+def test_bench_says_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     bench = _run("bench", "--quick")
     assert bench.exit_code == 2
@@ -158,7 +155,7 @@ def test_doctor_says_what_runs_here() -> None:
     result = _run("doctor")
     assert result.exit_code == 0
     facts = json.loads(_run("doctor", "--json").stdout)["installed"]
-    assert {"attnfx", "python", "torch", "C++ compiler", "backend", "device", "lowering"} <= facts.keys()
+    assert {"attnfx", "python", "torch", "C++ compiler", "backend", "device", "lowering", "tuned"} <= facts.keys()
     assert facts["attnfx"] == attnfx.__version__
 
 

@@ -15,6 +15,7 @@ from attnfx.lowering.checks import check
 from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
+from attnfx.lowering.tuning.lookup import tuned
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Program:
                 keep their maximum and sum apart, since in fp32 their LSE has lost the sum
     empty_zero  with exact_rows: a row without keys gives O = 0 and not NaN
     loaded      a tile of scores reads numbers of its keys
+    key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
 
     score: Any
@@ -51,6 +53,7 @@ class Program:
     weight: Any | None = None
     coarse: Any | None = None
     loaded: bool = False
+    key: str = ""
 
     @property
     def open(self) -> bool:
@@ -122,7 +125,8 @@ class Call:
         usual = default(kernel, q.dtype, d, dv, target)
         if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target, program.loaded)
-        chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
+        chosen = config or tuned(kernel, program.key, q, k, v, blocks is not None, dropout_p > 0.0)
+        chosen = chosen or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
             chosen = listed(kernel, chosen, target)
         if square:

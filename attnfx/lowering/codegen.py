@@ -86,12 +86,17 @@ def program_of(text: str) -> Program:
     from attnfx.lowering.call import Program
 
     plan = KernelPlan.from_json(text)
-    found, site = module(source(plan)), plan.site
+    written = source(plan)
+    found, site = module(written), plan.site
+    # what the functions are called with is not in their source
+    apart = (site.fill, site.additive, plan.exact_rows, plan.hidden, plan.empty_zero, plan.gradients)
+    key = hashlib.sha256(f"{written}{apart}".encode()).hexdigest()[:16]
     return Program(
         score=found.score, score_grad=getattr(found, "score_grad", None), keep=getattr(found, "keep", None),
         kv_range=getattr(found, "kv_range", None), q_range=getattr(found, "q_range", None), fill=site.fill,
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
         weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
+        key=key,
     )  # fmt: skip
 
 

@@ -44,6 +44,21 @@ class Config:
     spills: int = 0
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Of the split-KV kernels (`decode.py`): keys a tile (`block_n`), warps a block, and stages of the software pipeline; `splits`:
+    programs that share the keys of a row, 0: as many as fill the device."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    splits: int = 0
+
+
+#: What runs a kernel: of the flash kernels, or of the split-KV kernels.
+Choice = Config | Tile
+
+
 # for padded head dimensions up to 32, up to 64, up to 128, up to 256
 Widths = tuple[Config, Config, Config, Config]
 

@@ -154,7 +154,7 @@ def compile_job(job: Job) -> list[Row]:
         try:
             rows.append(Row(*place, *_measure(call, job.target), limit, _allowed(name, job)))
         except Exception as failure:  # a template that does not compile is a row of the report, not its end
-            rows.append(Row(*place, 0, 0, 0, limit, error=_reason(failure)))
+            rows.append(Row(*place, 0, 0, 0, limit, error=reason(failure)))
     return rows
 
 
@@ -170,7 +170,7 @@ def _allowed(kernel: str, job: Job) -> int:
     return usual.spills if program is None or program.weight is None else relieved(usual).spills
 
 
-def _reason(failure: BaseException) -> str:
+def reason(failure: BaseException) -> str:
     """The innermost cause: Triton wraps an error once for every function it was inlined into."""
     while failure.__cause__ is not None:
         failure = failure.__cause__
@@ -238,11 +238,12 @@ def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:
     options = {name: call.keywords[name] for name in OPTIONS if name in call.keywords}
     with launch.compiling_for(gpu.backend):
         compiled = triton.compile(source_of(call), target=gpu, options=options)
-    if nvidia:
-        registers, spills = _cubin_usage(compiled.asm["cubin"])
-    else:
-        registers, spills = _amd_usage(compiled.asm["amdgcn"])
-    return registers, spills, compiled.metadata.shared
+    return *usage(compiled, target), compiled.metadata.shared
+
+
+def usage(compiled: Any, target: str) -> tuple[int, int]:
+    """(registers a thread, spilled bytes a thread) of what Triton compiled for `target`."""
+    return _cubin_usage(compiled.asm["cubin"]) if target.startswith("sm") else _amd_usage(compiled.asm["amdgcn"])
 
 
 def source_of(call: launch.Call) -> ASTSource:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attnfx.lowering.configs import padded, target_of
+from attnfx.lowering.configs import Tile, padded, target_of
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.decode import decode_merge, decode_partial
+from attnfx.lowering.tuning.lookup import tuned_tile
 
 if TYPE_CHECKING:
     from attnfx.lowering.call import Call, Program, Residuals
@@ -30,15 +30,6 @@ SPLITS = 128
 MERGED = 16
 #: Multiprocessors where no device says how many.
 MULTIPROCESSORS = {"cpu": 8, "meta": 132}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Keys a tile (`block_n`), warps a block, and stages of the software pipeline."""
-
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 # for padded head dimensions up to 64, up to 128, up to 256; float16 and bfloat16, and float32
@@ -99,11 +90,13 @@ def launch(
 
     `splits` and `chosen` override what the sizes and the device ask for. Nothing is compiled anew for other numbers of keys.
     """
+    chosen = chosen or tuned_tile(program.key, q, k, v, call.switches["DROPOUT"])
     chosen = chosen or tile(q.dtype, call.d, call.dv, recorded_target() or target_of(q.device))
     rows = call.group * call.m
     block_m = min(padded(rows), ROWS)
     programs = call.batch * (call.heads // call.group) * -(-rows // block_m)
-    splits = splits or split_count(programs, -(-call.n // chosen.block_n), multiprocessors(q.device))
+    key_tiles = -(-call.n // chosen.block_n)
+    splits = splits or min(chosen.splits, key_tiles) or split_count(programs, key_tiles, multiprocessors(q.device))
     total = call.batch * call.heads * call.m
     partial = q.new_empty((splits, total, call.dv), dtype=torch.float32)
     stats = q.new_empty((2, splits, total), dtype=torch.float32)

@@ -13,11 +13,21 @@ import triton
 
 @dataclass(frozen=True)
 class Call:
-    """A launch that was not made: the `@triton.jit` function, its positional and its keyword arguments."""
+    """A launch that was not made: the `@triton.jit` function, its positional and its keyword arguments, and its grid."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    grid: tuple[int, ...] = (1,)
+
+    def make(self) -> None:
+        """Launch it, now."""
+        self.kernel[self.grid](*self.arguments, **self.keywords)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All arguments by name."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.keywords
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) ->
     if recording is None:
         kernel[grid](*arguments, **keywords)
     else:
-        recording.calls.append(Call(kernel, arguments, keywords))
+        recording.calls.append(Call(kernel, arguments, keywords, grid))
 
 
 def recorded_target() -> str | None:

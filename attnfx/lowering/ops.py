@@ -117,12 +117,16 @@ def _forward(
     if not kernel or k.shape[2] == 0:
         return portable.forward(plan, q, k, v, loads, sizes, seed)
     from attnfx.lowering import codegen, flash
+    from attnfx.lowering.tuning import calls, lookup
+    from attnfx.lowering.tuning.operands import Operands
 
     tensors = codegen.pointers(plan, k.shape[2], loads)
-    numbers = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), tensors)
+    numbers, program = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), tensors), codegen.program_of(text)
     walked = row_blocks if blocks.worthwhile(q.shape[2], k.shape[2]) else None
-    out, r = flash.forward(
-        codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked
+    if calls.requested(program.key):
+        calls.prepare(Operands(text, q, k, v, tuple(loads), tuple(sizes), seed, walked))
+    out, r = lookup.safely(
+        lambda: flash.forward(program, q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked)
     )
     return portable.Result(out, r.lse, r.row_max, r.row_sum, r.degenerate)
 
@@ -157,10 +161,16 @@ def _backward(
     plan, result = KernelPlan.from_json(text), portable.Result(out, lse, row_max, row_sum, degenerate)
     if not kernel or k.shape[2] == 0:
         return portable.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse)
-    from attnfx.lowering import kernel_gradients
+    from attnfx.lowering import codegen, kernel_gradients
+    from attnfx.lowering.tuning import calls, lookup
+    from attnfx.lowering.tuning.operands import Operands
 
     lists = (row_blocks, key_blocks) if blocks.worthwhile(q.shape[2], k.shape[2]) else (None, None)
-    return kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text, *lists)
+    if calls.requested(codegen.program_of(text).key):
+        calls.prepare(Operands(text, q, k, v, tuple(loads), tuple(sizes), seed, *lists, *result, grad_out, grad_lse))
+    return lookup.safely(
+        lambda: kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text, *lists)
+    )
 
 
 def _flash_fake(

@@ -14,6 +14,7 @@ from flash_catalogue import CAUSAL, NONE, WINDOW, cases, causal_case, filled, pa
 from torch import Tensor
 
 from attnfx.lowering import decode, flash
+from attnfx.lowering.call import Call, Residuals
 from attnfx.lowering.decode import Tile
 
 #: One fill of each kind: none, finite and reachable or not, replaced or added, -inf.
@@ -23,7 +24,7 @@ CHOSEN = ("plain GQA", "layout transposed", "window 5", "padded causal -inf adde
           "tile bias finfo.min added batch=False head=False")  # fmt: skip
 
 
-def rows_of(case: Case, residuals: flash.Residuals) -> Tensor:
+def rows_of(case: Case, residuals: Residuals) -> Tensor:
     return residuals.row_max + residuals.row_sum.abs().log()
 
 
@@ -34,11 +35,11 @@ def split_forward(
     noise: dict[str, Any],
     splits: int | None,
     tile: Tile | None,
-) -> tuple[Tensor, flash.Residuals]:
+) -> tuple[Tensor, Residuals]:
     """`flash.forward` by the split-KV kernels whatever the sizes."""
     q, k, v = given
     loads, ints = side
-    call = flash._Launch.of("forward", case.program, q, k, v, loads, ints, noise["dropout_p"], noise["seed"], None)
+    call = Call.of("forward", case.program, q, k, v, loads, ints, noise["dropout_p"], noise["seed"], None)
     out = q.new_empty((call.batch, call.m, call.heads, call.dv), dtype=v.dtype).transpose(1, 2)
     residuals = call.new_residuals()
     decode.launch(call, case.program, q, k, v, out, residuals, splits, tile)
