@@ -10,6 +10,7 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
 
 

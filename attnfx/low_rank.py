@@ -1,0 +1,321 @@
+"""LowRankBias lowered: the bias of a site taken out of its scores, and products of its factors put in.
+
+Factors meet a kernel in one of two forms, whichever costs less. Up to a few ranks they are numbers of the query and of the key
+that are multiplied in the tile, in float32. Beyond, they are further columns of queries and keys, and the product that makes the
+scores adds them up on the tensor cores: no kernel changes, forward or backward, and gradients of queries and keys are slices. In
+half precision a rank is three columns (:func:`attnfx.factors.copies`). The kernel multiplies the columns by the scale of the
+scores as well, so they are divided by it here.
+
+They may cost as much as reading the bias, in the slots of :mod:`attnfx.lowering.costs`; a bias of a higher rank stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from attnfx import expr
+from attnfx.buffers import Restless
+from attnfx.evaluate import evaluate
+from attnfx.expr import Expr, Load, Score
+from attnfx.factors import Factors, copies, factored
+from attnfx.lowering import costs
+from attnfx.lowering.configs import padded
+from attnfx.lowering.derivative import widened
+from attnfx.lowering.forms import MOST_PRODUCTS, droppable
+from attnfx.lowering.plan import HIDDEN, WIDEST, choices
+from attnfx.nodes import has_score
+from attnfx.site import AttentionSite, SideTensor
+from attnfx.summands import summands
+from attnfx.variants.low_rank_bias import LowRankBias
+
+#: More ranks are never laid beside queries and keys: their 96 columns in half precision are one and a half times a head of 64.
+MOST_RANKS = 32
+#: Scores of one head whose bias is taken apart, and the largest number that is a bias and not a mask.
+MOST_SCORES = 2**24
+
+#: The values of a side tensor by its slot, or why they are not known.
+Values = Callable[[int], Tensor | str]
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What a rewritten site is given beside its own operands.
+
+    ``loads``: which of its side tensors the site still reads; ``tensors``: what the graph holds and the site reads after them.
+    ``query`` (H, M, C) and ``key`` (HK, N, C): further columns of queries and keys, the same in the whole batch.
+    ``notes``: sentences for the report.
+    """
+
+    site: AttentionSite
+    loads: tuple[int, ...]
+    tensors: tuple[Tensor, ...] = ()
+    query: Tensor | None = None
+    key: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Why a bias stays as it is."""
+
+    reason: str
+
+
+def low_rank(site: AttentionSite, variant: LowRankBias, values: Values | None) -> Beside | Exact | tuple[str, ...]:
+    """``site`` with products in place of its bias; why it stays exact; or objections."""
+    if values is None:
+        return (
+            "The values of its bias may not be read: they are where torch.compile guards them, not in an export, in a region of "
+            'its own (checkpointing), or with options={"buffers": "ignore"}.',
+        )
+    read = _read(site, values)
+    if isinstance(read, tuple):
+        return read
+    if isinstance(read, Exact):
+        return read
+    exact = sum(choice.slots for choice in choices(site)) - sum(choice.slots for choice in choices(read.rest))
+    ways = [w for w in (_Way(read, exact, columns=False), _Way(read, exact, columns=True)) if w.possible]
+    highest = max(w.most for w in ways)
+    if variant.rank is not None and variant.rank > highest:
+        return (f"The rank is {variant.rank}; a site like this takes at most {highest}.",)
+    tried = [
+        (w, w.factors(variant.tolerance, w.worth if variant.rank is None else variant.rank)) for w in ways if w.takes(variant.rank)
+    ]
+    within = [(w, f) for w, f in tried if variant.rank is not None or max(f.errors) <= variant.tolerance]
+    if not within:
+        return Exact(_too_high(tried, variant.tolerance, exact))
+    way, found = min(within, key=lambda pair: pair[0].price(pair[1].rank))
+    return way.made(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bias:
+    """The bias of a site and the site without it: ``bias`` (H, M, N) in float64; ``scale`` (H), the factor of the products of
+    queries and keys, or None where these are changed by more than a factor."""
+
+    site: AttentionSite
+    rest: AttentionSite
+    bias: Tensor
+    scale: Tensor | None
+    terms: tuple[Expr, ...]
+
+
+def _read(site: AttentionSite, values: Values) -> _Bias | Exact | tuple[str, ...]:
+    parts = tuple(summands(widened(site.score)))
+    fixed: list[tuple[Expr, float]] = []
+    kept: list[tuple[Expr, float]] = []
+    why: list[str] = []
+    for part, factor in parts:
+        reason = _not_fixed(part, site, values)
+        (fixed if reason == "" else kept).append((part, factor))
+        if reason:
+            why.append(reason if isinstance(reason, Restless) else f"{_short(part)}: {reason}.")
+    if any(isinstance(reason, Restless) for reason in why):
+        return Exact(next(reason for reason in why if isinstance(reason, Restless)))
+    if not fixed:
+        return tuple(why) or ("Nothing that depends on the query and the key is added to its scores.",)
+    total = _sum(kept)
+    rest = site.replace(score=total)
+    scores = int(site.queries) * int(site.keys)
+    if scores > MOST_SCORES:
+        return Exact(f"its bias has {scores} numbers a head, and singular values of more than {MOST_SCORES} are not looked for")
+    bias = _evaluated(fixed, site, values)
+    if not bool(bias.isfinite().all()) or float(bias.abs().max()) >= -HIDDEN:
+        return Exact(f"its bias holds numbers that are infinite, or of {-HIDDEN:g} and more: a mask, which stays exact")
+    return _Bias(site, rest, bias, _scale(kept, site, values), tuple(part for part, _ in fixed))
+
+
+def _not_fixed(part: Expr, site: AttentionSite, values: Values) -> str | None:
+    """Why a summand is not a fixed bias, "" where it is one, None where it is no bias of query and key at all."""
+    if has_score(part) or not (expr.depends_on(part, "i") and expr.depends_on(part, "j")):
+        return None
+    if not part.dtype.is_floating_point:
+        return None
+    slots = _slots(part)
+    if expr.depends_on(part, "b"):
+        return "it differs within the batch" if slots else None
+    if any(site.side[s].requires_grad for s in slots):
+        return "a gradient of it is wanted; factors are made of what is not trained"
+    found = (values(s) for s in slots)
+    return next((why for why in found if isinstance(why, str)), "")
+
+
+def _evaluated(terms: list[tuple[Expr, float]], site: AttentionSite, values: Values) -> Tensor:
+    loads = _loads([part for part, _ in terms], site, values)
+    heads, queries, keys = int(site.heads), int(site.queries), int(site.keys)
+    device = next((t.device for t in loads if t is not None), torch.device(site.device))
+    total = torch.zeros(heads, queries, keys, dtype=torch.float64, device=device)
+    for h in range(heads):
+        grid = _grid(h, queries, keys, device)
+        for part, factor in terms:
+            total[h] += factor * evaluate(part, grid, loads, {}, clamp=True).double()  # type: ignore[arg-type]
+    return total
+
+
+def _scale(kept: list[tuple[Expr, float]], site: AttentionSite, values: Values) -> Tensor | None:
+    """What each head multiplies the products of queries and keys by; None where that is not a number for each head."""
+    scored = [(part, factor) for part, factor in kept if has_score(part)]
+    if len(scored) != 1:
+        return None
+    (part, factor), heads = scored[0], int(site.heads)
+    by: Expr = expr.ONE
+    if not isinstance(part, Score):
+        if not (isinstance(part, expr.Call) and part.op == "mul" and Score() in part.args):
+            return None
+        by = part.args[1] if part.args[0] == Score() else part.args[0]
+    slots = _slots(by)
+    if has_score(by) or expr.depends_on(by, "b", "i", "j") or any(isinstance(values(s), str) for s in slots):
+        return None
+    if any(site.side[s].requires_grad for s in slots):
+        return None
+    loads = _loads([by], site, values)
+    device = next((t.device for t in loads if t is not None), torch.device(site.device))
+    each = [evaluate(by, _grid(h, 1, 1, device), loads, {}, clamp=True).double().reshape(()) for h in range(heads)]  # type: ignore[arg-type]
+    found = factor * torch.stack(each)
+    return found if bool((found.isfinite() & (found != 0)).all()) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """Factors of a bias as products in the tile, or as columns of queries and keys. ``exact``: the slots of the bias as it is."""
+
+    given: _Bias
+    exact: float
+    columns: bool
+
+    @property
+    def possible(self) -> bool:
+        return not self.columns or self.given.scale is not None
+
+    @property
+    def most(self) -> int:
+        """The highest rank that fits."""
+        if not self.columns:
+            return MOST_PRODUCTS
+        return min(MOST_RANKS, (WIDEST - self.given.site.head_dim) // copies(self.given.site.dtype))
+
+    @property
+    def worth(self) -> int:
+        """The highest rank that costs no more than the exact bias."""
+        return max((r for r in range(self.most + 1) if self.price(r) <= self.exact), default=0)
+
+    def takes(self, rank: int | None) -> bool:
+        """Whether factors of a rank, or of any that pays, can be had in this way."""
+        return self.worth > 0 if rank is None else rank <= self.most
+
+    def price(self, rank: int) -> float:
+        """Slots a score."""
+        site = self.given.site
+        if not self.columns:
+            return rank * costs.product()
+        width = rank * copies(site.dtype)
+        more = padded(site.head_dim + width) - padded(site.head_dim)
+        return costs.columns(width, more, int(site.queries), int(site.keys), site.dtype)
+
+    def factors(self, tolerance: float, most: int) -> Factors:
+        site = self.given.site
+        dtype = site.dtype if self.columns else torch.float32
+        return factored(self.given.bias, int(site.key_heads), tolerance, most, dtype, self.given.scale if self.columns else None)
+
+    def made(self, found: Factors) -> Beside:
+        """The site with these factors."""
+        rest, given = self.given.rest, self.given
+        kept = sorted({s for e in rest.expressions for s in _slots(e)})
+        side, score = [rest.side[s] for s in kept], _renumbered(rest.score, kept)
+        tensors: list[Tensor] = []
+
+        def constant(t: Tensor) -> int:
+            side.append(SideTensor(tuple(sympy.Integer(n) for n in t.shape), t.dtype))
+            tensors.append(t)
+            return len(side) - 1
+
+        h, i, j = (expr.index(name) for name in "hij")
+        if not droppable(rest):
+            row = Load(constant(given.bias.mean(-1).float()), (h, i), torch.float32)
+            score = expr.add(score, row, torch.float32)
+        group = expr.floordiv(h, expr.integer(given.site.heads // given.site.key_heads))
+        if not self.columns and found.rank:
+            rows, columns = constant(found.query.mT.contiguous()), constant(found.key.mT.contiguous())
+            for r in range(found.rank):
+                at = expr.integer(r)
+                u, v = Load(rows, (h, at, i), torch.float32), Load(columns, (group, at, j), torch.float32)
+                score = expr.add(score, expr.mul(u, v, torch.float32), torch.float32)
+        changed = {name: _renumbered(getattr(rest, name), kept) for name in ("keep", "weight", "divisor")}
+        if rest.sink is not None:
+            changed["sink"] = _renumbered(rest.sink, kept)
+        wide = self.columns and found.rank > 0
+        site = rest.replace(
+            score=score, side=tuple(side), head_dim=rest.head_dim + (found.query.shape[2] if wide else 0), **changed
+        )
+        query, key = (found.query, found.key) if wide else (None, None)
+        return Beside(site, tuple(kept), tuple(tensors), query, key, (self._told(found),))
+
+    def _told(self, found: Factors) -> str:
+        width = found.query.shape[2]
+        what = f"as {width} columns of queries and keys" if self.columns else "as products in the tile, in float32"
+        ranks, errors = ", ".join(map(str, found.ranks)), ", ".join(f"{e:.2g}" for e in found.errors)
+        whose = "each head" if len(found.ranks) == len(found.errors) else "each key head"
+        bias = " + ".join(_short(part) for part in self.given.terms)
+        return (
+            f"bias {bias}: {what if found.rank else 'left out'}; rank of {whose} {ranks}; largest error of each head {errors}, "
+            f"row means apart; {self.price(found.rank):.3g} slots a score in place of {self.exact:.3g}."
+        )
+
+
+def _too_high(tried: list[tuple[_Way, Factors]], tolerance: float, exact: float) -> str:
+    cost = f"the bias as it is costs {exact:.3g} slots a score"
+    if not tried:
+        return f"{cost}, less than a single rank of its factors would"
+    way, found = min(tried, key=lambda pair: max(pair[1].errors))
+    bad = ", ".join(f"{h} ({e:.2g})" for h, e in enumerate(found.errors) if e > tolerance)
+    return (
+        f"{cost}, and {'more than ' + str(MOST_RANKS) + ' ranks' if way.worth == MOST_RANKS else f'more than {way.worth} ranks'} "
+        f"would cost more; with so many the errors of these heads are above {tolerance:g}: {bad}"
+    )
+
+
+def _sum(parts: list[tuple[Expr, float]]) -> Expr:
+    total: Expr | None = None
+    for part, factor in parts:
+        term = expr.mul(expr.cast(part, torch.float32), expr.constant(factor, torch.float32), torch.float32)
+        total = term if total is None else expr.add(total, term, torch.float32)
+    return expr.constant(0.0, torch.float32) if total is None else total
+
+
+def _renumbered(e: Expr, kept: list[int]) -> Expr:
+    def leaf(node: Expr) -> Expr | None:
+        if not isinstance(node, Load):
+            return None
+        return Load(kept.index(_slot(node)), tuple(expr.rebuild(x, leaf) for x in node.indices), node.dtype)
+
+    return expr.rebuild(e, leaf)
+
+
+def _loads(parts: list[Expr], site: AttentionSite, values: Values) -> list[Tensor | None]:
+    used = {s for part in parts for s in _slots(part)}
+    found = (values(s) if s in used else None for s in range(len(site.side)))
+    return [t if isinstance(t, Tensor) else None for t in found]
+
+
+def _grid(head: int, queries: int, keys: int, device: torch.device) -> dict[str, Tensor]:
+    i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    return {"b": i.new_zeros(()), "h": i.new_full((), head), "i": i, "j": j}
+
+
+def _slots(e: Expr) -> tuple[int, ...]:
+    return tuple(sorted({_slot(n) for n in expr.walk(e) if isinstance(n, Load)}))
+
+
+def _slot(load: Load) -> int:
+    assert isinstance(load.slot, int)
+    return load.slot
+
+
+def _short(e: Expr) -> str:
+    text = str(e)
+    return text if len(text) <= 80 else text[:76] + " ..."
