@@ -45,7 +45,7 @@ def _report(model: Any, args: Any, kwargs: Any, dynamic: bool | None, options: O
         reports.append(report)
         return gm.forward
 
-    with _fresh():
+    with fresh():
         counted = counters["graph_break"].copy()
         seen: Any = torch.compile(model, backend=look, dynamic=dynamic)
         seen(*args, **kwargs)
@@ -54,7 +54,7 @@ def _report(model: Any, args: Any, kwargs: Any, dynamic: bool | None, options: O
 
 
 @contextlib.contextmanager
-def _fresh() -> Iterator[None]:
+def fresh() -> Iterator[None]:
     """Dynamo's cache emptied on both sides, so that every graph is seen and none of ours stays behind."""
     torch._dynamo.reset()
     try:
@@ -95,7 +95,7 @@ def verify(model: Any, *args: Any, policy: Any = None, **kwargs: Any) -> Verific
     """
     options = Options.parse(None, {"policy": policy, "inner": "eager", "verify": True})
     report = _report(model, args, kwargs, None, options)
-    with torch.no_grad(), _fresh():
+    with torch.no_grad(), fresh():
         expected = model(*args, **kwargs)
         found = compile(model, policy, inner="eager")(*args, **kwargs)
     errors = {}

@@ -13,6 +13,7 @@ from torch import fx
 
 from attnfx import buffers, counting, patterns
 from attnfx import measure as measuring
+from attnfx.beside import Known
 from attnfx.breaks import break_of
 from attnfx.capture import capture
 from attnfx.composites import expand_composites
@@ -28,6 +29,7 @@ from attnfx.mirror import Mirror
 from attnfx.nodes import Load, walk
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
+from attnfx.pair_bias import PairNodes, pair_behind
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
@@ -197,7 +199,7 @@ def _serve(
     """Decide one match and splice the decision in."""
     origin = origin_of(mirror, match.candidate.output)
     name = prefix + origin.node
-    match, decision, read = _decided(mirror, match, origin, options.policy, constants)
+    match, decision, read = _decided(mirror, match, origin, options.policy, constants, bool(prefix))
     site = match.site
     if any(node not in mirror.dynamo_of for node in (match.candidate.output, *(row.node for _, row in match.rows))):
         inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
@@ -224,10 +226,10 @@ def _serve(
 
 
 def _decided(
-    mirror: Mirror, match: Match, origin: Origin, policy: Policy, constants: Constants
+    mirror: Mirror, match: Match, origin: Origin, policy: Policy, constants: Constants, inside: bool
 ) -> tuple[Match, Decision, tuple[str, ...]]:
     """What runs a match, and the buffers and parameters whose values were read for it; where nothing has the gradient of a
-    learned bias's formula, the bias is read as the model computed it.
+    learned bias's formula, the bias is read as the model computed it. ``inside``: of a region.
 
     Raises Objection as :func:`decide` does.
     """
@@ -239,7 +241,11 @@ def _decided(
             read.update(constants.read(match.loads[slot]) if isinstance(found, torch.Tensor) else ())
             return found
 
-        return decide(match.site.replace(origin=origin), policy, values if constants.tables is not None else None)
+        def pair(load: Load) -> PairNodes | str:
+            return "it is in a region of its own" if inside else pair_behind(mirror, match, load)
+
+        known = Known(values if constants.tables is not None else None, pair)
+        return decide(match.site.replace(origin=origin), policy, known)
 
     try:
         decision, objection = decided(match), None

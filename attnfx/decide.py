@@ -8,15 +8,18 @@ from typing import Literal
 
 import torch
 
+from attnfx.beside import Beside, Exact, Known
 from attnfx.errors import Objection
 from attnfx.expr import Call, Expr, Score, walk
-from attnfx.low_rank import Beside, Exact, Values, low_rank
+from attnfx.low_rank import low_rank
 from attnfx.lowering import vendor
 from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.neural import neural
 from attnfx.policy import Policy, Rule
 from attnfx.site import AttentionSite
 from attnfx.variants.base import Variant
 from attnfx.variants.low_rank_bias import LowRankBias
+from attnfx.variants.neural_bias import NeuralBias
 
 #: Globs that speak of everything: their variants are wishes, and a site that objects is left alone.
 _DEFAULTS = ("*", "**")
@@ -40,24 +43,24 @@ class Decision:
         return self.variant is None
 
 
-def decide(site: AttentionSite, policy: Policy, values: Values | None = None) -> Decision:
+def decide(site: AttentionSite, policy: Policy, known: Known | None = None) -> Decision:
     """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it.
 
-    ``values``: those of its side tensors, for variants that are computed from them.
+    ``known``: what the graph tells of its side tensors, for variants that are computed from them.
     """
     rule = policy.choose(site.origin.module)
     if not site.exponential:
         return _linear(site, rule)
     if rule is None or rule.variant is None:
         return _exact(site)
-    return _by_rule(site, rule, rule.variant, values)
+    return _by_rule(site, rule, rule.variant, known)
 
 
-def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, values: Values | None) -> Decision:
+def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | None) -> Decision:
     piece = f"The site is a piece of an attention that is divided later; {type(variant).__name__} changes whole ones."
     reasons = variant.objections(site) if site.normaliser == "softmax" else (piece,)
     if not reasons:
-        made = low_rank(site, variant, values) if isinstance(variant, LowRankBias) else variant.apply(site)
+        made = _made(site, variant, known)
         if isinstance(made, Exact):
             exact = _exact(site)
             return Decision(
@@ -76,6 +79,15 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, values: Values |
     exact = _exact(site)
     reason = f"{type(variant).__name__} objects: {' '.join(reasons)} {exact.reason}"
     return Decision(exact.name, exact.kernel, reason, exact.site)
+
+
+def _made(site: AttentionSite, variant: Variant, known: Known | None) -> AttentionSite | Beside | Exact | tuple[str, ...]:
+    """``site`` as ``variant`` has it, or why not."""
+    if isinstance(variant, LowRankBias):
+        return low_rank(site, variant, None if known is None else known.values)
+    if isinstance(variant, NeuralBias):
+        return neural(site, variant, known)
+    return variant.apply(site)
 
 
 def _exact(site: AttentionSite) -> Decision:

@@ -11,7 +11,6 @@ They may cost as much as reading the bias, in the slots of :mod:`attnfx.lowering
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
+from attnfx.beside import Beside, Exact, Summands, Values, compacted, evaluated, scale_of, short, slots, total
 from attnfx.buffers import Restless
-from attnfx.evaluate import evaluate
-from attnfx.expr import Expr, Load, Score
+from attnfx.expr import Expr, Load
 from attnfx.factors import Factors, copies, factored
 from attnfx.lowering import costs
 from attnfx.lowering.configs import padded
@@ -35,35 +34,8 @@ from attnfx.variants.low_rank_bias import LowRankBias
 
 #: More ranks are never laid beside queries and keys: their 96 columns in half precision are one and a half times a head of 64.
 MOST_RANKS = 32
-#: Scores of one head whose bias is taken apart, and the largest number that is a bias and not a mask.
+#: Scores of one head whose bias is taken apart.
 MOST_SCORES = 2**24
-
-#: The values of a side tensor by its slot, or why they are not known.
-Values = Callable[[int], Tensor | str]
-
-
-@dataclass(frozen=True, eq=False)
-class Beside:
-    """What a rewritten site is given beside its own operands.
-
-    ``loads``: which of its side tensors the site still reads; ``tensors``: what the graph holds and the site reads after them.
-    ``query`` (H, M, C) and ``key`` (HK, N, C): further columns of queries and keys, the same in the whole batch.
-    ``notes``: sentences for the report.
-    """
-
-    site: AttentionSite
-    loads: tuple[int, ...]
-    tensors: tuple[Tensor, ...] = ()
-    query: Tensor | None = None
-    key: Tensor | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Why a bias stays as it is."""
-
-    reason: str
 
 
 def low_rank(site: AttentionSite, variant: LowRankBias, values: Values | None) -> Beside | Exact | tuple[str, ...]:
@@ -107,27 +79,32 @@ class _Bias:
 
 def _read(site: AttentionSite, values: Values) -> _Bias | Exact | tuple[str, ...]:
     parts = tuple(summands(widened(site.score)))
-    fixed: list[tuple[Expr, float]] = []
-    kept: list[tuple[Expr, float]] = []
+    fixed: Summands = []
+    kept: Summands = []
     why: list[str] = []
     for part, factor in parts:
         reason = _not_fixed(part, site, values)
         (fixed if reason == "" else kept).append((part, factor))
         if reason:
-            why.append(reason if isinstance(reason, Restless) else f"{_short(part)}: {reason}.")
+            why.append(reason if isinstance(reason, Restless) else f"{short(part)}: {reason}.")
     if any(isinstance(reason, Restless) for reason in why):
         return Exact(next(reason for reason in why if isinstance(reason, Restless)))
     if not fixed:
         return tuple(why) or ("Nothing that depends on the query and the key is added to its scores.",)
-    total = _sum(kept)
-    rest = site.replace(score=total)
     scores = int(site.queries) * int(site.keys)
     if scores > MOST_SCORES:
         return Exact(f"its bias has {scores} numbers a head, and singular values of more than {MOST_SCORES} are not looked for")
-    bias = _evaluated(fixed, site, values)
-    if not bool(bias.isfinite().all()) or float(bias.abs().max()) >= -HIDDEN:
+    bias, terms = torch.zeros((), dtype=torch.float64), list[Expr]()
+    for part, factor in fixed:
+        made = evaluated([(part, factor)], site, values, int(site.queries), int(site.keys))
+        if bool((made.abs() < -HIDDEN).all()):
+            bias = made + bias
+            terms.append(part)
+        else:
+            kept.append((part, factor))
+    if not terms:
         return Exact(f"its bias holds numbers that are infinite, or of {-HIDDEN:g} and more: a mask, which stays exact")
-    return _Bias(site, rest, bias, _scale(kept, site, values), tuple(part for part, _ in fixed))
+    return _Bias(site, site.replace(score=total(kept)), bias, scale_of(kept, site, values), tuple(terms))
 
 
 def _not_fixed(part: Expr, site: AttentionSite, values: Values) -> str | None:
@@ -136,48 +113,13 @@ def _not_fixed(part: Expr, site: AttentionSite, values: Values) -> str | None:
         return None
     if not part.dtype.is_floating_point:
         return None
-    slots = _slots(part)
+    read = slots(part)
     if expr.depends_on(part, "b"):
-        return "it differs within the batch" if slots else None
-    if any(site.side[s].requires_grad for s in slots):
+        return "it differs within the batch" if read else None
+    if any(site.side[s].requires_grad for s in read):
         return "a gradient of it is wanted; factors are made of what is not trained"
-    found = (values(s) for s in slots)
+    found = (values(s) for s in read)
     return next((why for why in found if isinstance(why, str)), "")
-
-
-def _evaluated(terms: list[tuple[Expr, float]], site: AttentionSite, values: Values) -> Tensor:
-    loads = _loads([part for part, _ in terms], site, values)
-    heads, queries, keys = int(site.heads), int(site.queries), int(site.keys)
-    device = next((t.device for t in loads if t is not None), torch.device(site.device))
-    total = torch.zeros(heads, queries, keys, dtype=torch.float64, device=device)
-    for h in range(heads):
-        grid = _grid(h, queries, keys, device)
-        for part, factor in terms:
-            total[h] += factor * evaluate(part, grid, loads, {}, clamp=True).double()  # type: ignore[arg-type]
-    return total
-
-
-def _scale(kept: list[tuple[Expr, float]], site: AttentionSite, values: Values) -> Tensor | None:
-    """What each head multiplies the products of queries and keys by; None where that is not a number for each head."""
-    scored = [(part, factor) for part, factor in kept if has_score(part)]
-    if len(scored) != 1:
-        return None
-    (part, factor), heads = scored[0], int(site.heads)
-    by: Expr = expr.ONE
-    if not isinstance(part, Score):
-        if not (isinstance(part, expr.Call) and part.op == "mul" and Score() in part.args):
-            return None
-        by = part.args[1] if part.args[0] == Score() else part.args[0]
-    slots = _slots(by)
-    if has_score(by) or expr.depends_on(by, "b", "i", "j") or any(isinstance(values(s), str) for s in slots):
-        return None
-    if any(site.side[s].requires_grad for s in slots):
-        return None
-    loads = _loads([by], site, values)
-    device = next((t.device for t in loads if t is not None), torch.device(site.device))
-    each = [evaluate(by, _grid(h, 1, 1, device), loads, {}, clamp=True).double().reshape(()) for h in range(heads)]  # type: ignore[arg-type]
-    found = factor * torch.stack(each)
-    return found if bool((found.isfinite() & (found != 0)).all()) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,10 +166,8 @@ class _Way:
 
     def made(self, found: Factors) -> Beside:
         """The site with these factors."""
-        rest, given = self.given.rest, self.given
-        kept = sorted({s for e in rest.expressions for s in _slots(e)})
-        side, score = [rest.side[s] for s in kept], _renumbered(rest.score, kept)
-        tensors: list[Tensor] = []
+        (rest, kept), given = compacted(self.given.rest), self.given
+        side, score, tensors = list(rest.side), rest.score, list[Tensor]()
 
         def constant(t: Tensor) -> int:
             side.append(SideTensor(tuple(sympy.Integer(n) for n in t.shape), t.dtype))
@@ -238,29 +178,24 @@ class _Way:
         if not droppable(rest):
             row = Load(constant(given.bias.mean(-1).float()), (h, i), torch.float32)
             score = expr.add(score, row, torch.float32)
-        group = expr.floordiv(h, expr.integer(given.site.heads // given.site.key_heads))
-        if not self.columns and found.rank:
+        if self.columns and found.rank:
+            site = rest.replace(score=score, side=tuple(side), head_dim=rest.head_dim + found.query.shape[2])
+            return Beside(site, kept, tuple(tensors), found.query, found.key, notes=(self._told(found),))
+        if found.rank:
+            group = expr.floordiv(h, expr.integer(rest.heads // rest.key_heads))
             rows, columns = constant(found.query.mT.contiguous()), constant(found.key.mT.contiguous())
             for r in range(found.rank):
                 at = expr.integer(r)
                 u, v = Load(rows, (h, at, i), torch.float32), Load(columns, (group, at, j), torch.float32)
                 score = expr.add(score, expr.mul(u, v, torch.float32), torch.float32)
-        changed = {name: _renumbered(getattr(rest, name), kept) for name in ("keep", "weight", "divisor")}
-        if rest.sink is not None:
-            changed["sink"] = _renumbered(rest.sink, kept)
-        wide = self.columns and found.rank > 0
-        site = rest.replace(
-            score=score, side=tuple(side), head_dim=rest.head_dim + (found.query.shape[2] if wide else 0), **changed
-        )
-        query, key = (found.query, found.key) if wide else (None, None)
-        return Beside(site, tuple(kept), tuple(tensors), query, key, (self._told(found),))
+        return Beside(rest.replace(score=score, side=tuple(side)), kept, tuple(tensors), notes=(self._told(found),))
 
     def _told(self, found: Factors) -> str:
         width = found.query.shape[2]
         what = f"as {width} columns of queries and keys" if self.columns else "as products in the tile, in float32"
         ranks, errors = ", ".join(map(str, found.ranks)), ", ".join(f"{e:.2g}" for e in found.errors)
         whose = "each head" if len(found.ranks) == len(found.errors) else "each key head"
-        bias = " + ".join(_short(part) for part in self.given.terms)
+        bias = " + ".join(short(part) for part in self.given.terms)
         return (
             f"bias {bias}: {what if found.rank else 'left out'}; rank of {whose} {ranks}; largest error of each head {errors}, "
             f"row means apart; {self.price(found.rank):.3g} slots a score in place of {self.exact:.3g}."
@@ -277,45 +212,3 @@ def _too_high(tried: list[tuple[_Way, Factors]], tolerance: float, exact: float)
         f"{cost}, and {'more than ' + str(MOST_RANKS) + ' ranks' if way.worth == MOST_RANKS else f'more than {way.worth} ranks'} "
         f"would cost more; with so many the errors of these heads are above {tolerance:g}: {bad}"
     )
-
-
-def _sum(parts: list[tuple[Expr, float]]) -> Expr:
-    total: Expr | None = None
-    for part, factor in parts:
-        term = expr.mul(expr.cast(part, torch.float32), expr.constant(factor, torch.float32), torch.float32)
-        total = term if total is None else expr.add(total, term, torch.float32)
-    return expr.constant(0.0, torch.float32) if total is None else total
-
-
-def _renumbered(e: Expr, kept: list[int]) -> Expr:
-    def leaf(node: Expr) -> Expr | None:
-        if not isinstance(node, Load):
-            return None
-        return Load(kept.index(_slot(node)), tuple(expr.rebuild(x, leaf) for x in node.indices), node.dtype)
-
-    return expr.rebuild(e, leaf)
-
-
-def _loads(parts: list[Expr], site: AttentionSite, values: Values) -> list[Tensor | None]:
-    used = {s for part in parts for s in _slots(part)}
-    found = (values(s) if s in used else None for s in range(len(site.side)))
-    return [t if isinstance(t, Tensor) else None for t in found]
-
-
-def _grid(head: int, queries: int, keys: int, device: torch.device) -> dict[str, Tensor]:
-    i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
-    return {"b": i.new_zeros(()), "h": i.new_full((), head), "i": i, "j": j}
-
-
-def _slots(e: Expr) -> tuple[int, ...]:
-    return tuple(sorted({_slot(n) for n in expr.walk(e) if isinstance(n, Load)}))
-
-
-def _slot(load: Load) -> int:
-    assert isinstance(load.slot, int)
-    return load.slot
-
-
-def _short(e: Expr) -> str:
-    text = str(e)
-    return text if len(text) <= 80 else text[:76] + " ..."

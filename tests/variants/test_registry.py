@@ -12,6 +12,7 @@ from attnfx.variants.base import Variant
 
 EXAMPLES: dict[str, list[Variant]] = {
     "LowRankBias": [variants.LowRankBias(), variants.LowRankBias(rank=5), variants.LowRankBias(tolerance=0.01)],
+    "NeuralBias": [variants.NeuralBias("networks.pt")],
     "SlidingWindow": [variants.SlidingWindow(8), variants.SlidingWindow(8, sinks=2)],
 }
 """Instances of each variant; a new variant adds its own here."""
