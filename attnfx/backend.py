@@ -116,7 +116,7 @@ def _rewrite(
         lost += [_lost(mirror, m, reason) for m in matches]
         matches = []
     splicer = Splicer(work, mirror)
-    constants = Constants(work, mirror, tables if given and not prefix else None)
+    constants = Constants(work, mirror, tables if any(given) and not prefix else None)
     sites: list[SiteReport] = []
     pairs: list[tuple[str, fx.Node, fx.Node]] = []
     for match in matches:

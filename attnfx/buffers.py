@@ -52,8 +52,10 @@ class Buffer:
 
     @cached_property
     def structure(self) -> Structure | None:
+        if not buffer_guard.plain(self.tensor):
+            return None
         past = buffer_guard.history(self.source)
-        if past.restless or not buffer_guard.plain(self.tensor):
+        if past.restless:
             return None
         proof = Proof(self.tensor, past)  # what is seen is older than what is read: a write in between is noticed
         found = proof.structure = fit(self.tensor)

@@ -20,7 +20,8 @@ _MORE, _ITERATIONS, _PART = 12, 12, 4
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """``query`` (H, M, C) and ``key`` (HK, N, C), whose products over C stand for a bias (H, M, N) divided by a scale of each head.
+    """``query`` (H, M, C) and ``key`` (HK, N, C), whose products over C stand for a bias (H, M, N) divided by a scale of each head;
+    C is :func:`columns` of the highest rank.
 
     ``ranks``: of each key head; ``errors``: of each query head, the largest row-centred one in logits, with every rounding.
     """
@@ -49,7 +50,7 @@ def factored(bias: Tensor, key_heads: int, tolerance: float, most: int, dtype: t
         for part, c in zip(torch.split(bias, groups), torch.split(by, groups), strict=True)
     ]  # fmt: skip
     rank = max(len(us) for us, _, _ in found)
-    width = rank * copies(dtype)
+    width = columns(rank, dtype)
     query = bias.new_zeros((*bias.shape[:2], width), dtype=dtype)
     key = bias.new_zeros((key_heads, bias.shape[2], width), dtype=dtype)
     for head, (us, vs, _) in enumerate(found):
@@ -65,6 +66,12 @@ def factored(bias: Tensor, key_heads: int, tolerance: float, most: int, dtype: t
 def copies(dtype: torch.dtype) -> int:
     """Columns for each rank: a half keeps 8 or 11 bits, so that each number is two, and three of their products count."""
     return 3 if dtype.itemsize < 4 else 1
+
+
+def columns(rank: int, dtype: torch.dtype) -> int:
+    """Columns for a rank: a multiple of 16 bytes, so that the rows of queries and keys stay aligned; those left over are zero."""
+    each = 16 // dtype.itemsize
+    return -(-rank * copies(dtype) // each) * each
 
 
 def _laid(u: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -21,7 +21,7 @@ from attnfx import expr
 from attnfx.beside import Beside, Exact, Summands, Values, compacted, evaluated, scale_of, short, slots, total
 from attnfx.buffers import Restless
 from attnfx.expr import Expr, Load
-from attnfx.factors import Factors, copies, factored
+from attnfx.factors import Factors, columns, factored
 from attnfx.lowering import costs
 from attnfx.lowering.configs import padded
 from attnfx.lowering.derivative import widened
@@ -139,7 +139,9 @@ class _Way:
         """The highest rank that fits."""
         if not self.columns:
             return MOST_PRODUCTS
-        return min(MOST_RANKS, (WIDEST - self.given.site.head_dim) // copies(self.given.site.dtype))
+        site = self.given.site
+        fit = (r for r in range(MOST_RANKS + 1) if site.head_dim + columns(r, site.dtype) <= WIDEST)
+        return max(fit, default=0)
 
     @property
     def worth(self) -> int:
@@ -155,7 +157,7 @@ class _Way:
         site = self.given.site
         if not self.columns:
             return rank * costs.product()
-        width = rank * copies(site.dtype)
+        width = columns(rank, site.dtype)
         more = padded(site.head_dim + width) - padded(site.head_dim)
         return costs.columns(width, more, int(site.queries), int(site.keys), site.dtype)
 
@@ -183,10 +185,10 @@ class _Way:
             return Beside(site, kept, tuple(tensors), found.query, found.key, notes=(self._told(found),))
         if found.rank:
             group = expr.floordiv(h, expr.integer(rest.heads // rest.key_heads))
-            rows, columns = constant(found.query.mT.contiguous()), constant(found.key.mT.contiguous())
+            u_at, v_at = constant(found.query.mT.contiguous()), constant(found.key.mT.contiguous())
             for r in range(found.rank):
                 at = expr.integer(r)
-                u, v = Load(rows, (h, at, i), torch.float32), Load(columns, (group, at, j), torch.float32)
+                u, v = Load(u_at, (h, at, i), torch.float32), Load(v_at, (group, at, j), torch.float32)
                 score = expr.add(score, expr.mul(u, v, torch.float32), torch.float32)
         return Beside(rest.replace(score=score, side=tuple(side)), kept, tuple(tensors), notes=(self._told(found),))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnfx.factors import Factors, copies, factored
+from attnfx.factors import Factors, columns, copies, factored
 
 
 def field(sizes: tuple[int, int], spread: float, heads: int = 1) -> Tensor:
@@ -45,7 +45,9 @@ def test_the_errors_are_those_of_the_columns_and_within_the_tolerance(dtype: tor
     bias = 7 * field((7, 5), 9.0, heads=3) + torch.arange(35)[:, None]
     found = factored(bias, 3, 1e-3, 30, dtype, scale)
     assert found.query.dtype == found.key.dtype == dtype
-    assert found.query.shape == (3, 35, found.rank * copies(dtype))
+    assert found.query.shape == (3, 35, columns(found.rank, dtype))
+    assert found.query.shape[-1] * dtype.itemsize % 16 == 0
+    assert 0 <= found.query.shape[-1] - found.rank * copies(dtype) < 8
     errors = (centred(bias) - product(found, scale)).abs().amax((1, 2))
     torch.testing.assert_close(torch.tensor(found.errors, dtype=torch.float64), errors, rtol=1e-6, atol=1e-9)
     assert float(errors.max()) <= 1e-3

@@ -269,6 +269,30 @@ def test_compiled_code_in_a_cache_holds_no_factors() -> None:
         torch.testing.assert_close(out, m(x), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_any_number_of_windows_runs_the_same_graph() -> None:
+    m = low(model(masks=2), 2, 2, 2, 2)
+    for variant in (LowRankBias(), LowRankBias(rank=12, tolerance=0)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = attnfx.compile(m, [attnfx.Rule("0", variant)], strict=True, inner="eager")
+        for windows in (4, 6, 10):
+            x = inputs(windows=windows)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch.testing.assert_close(compiled(x), m(x), rtol=0, atol=1e-4)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_verification_measures_it_and_the_report_has_each_layer() -> None:
+    m = nn.Sequential(*(Window(heads=1, key_heads=1) for _ in range(2)), nn.Linear(8, 8)).eval()
+    with torch.no_grad():
+        m[1].table *= 0.5
+    found = attnfx.verify(m, inputs(), policy=[attnfx.Rule("[0-1]", LowRankBias(rank=2))])
+    assert 1e-5 < found.worst < 0.1
+    assert all(1e-6 < measured.error < 0.1 and measured.bound is None for measured in found.sites.values())
+    assert " ".join(str(found.report).split()).count("largest error of each head") == 2
+
+
 @pytest.mark.parametrize(
     "wrong", [{"rank": 0}, {"rank": 2.5}, {"tolerance": -1.0}, {"tolerance": float("inf")}, {"tolerance": "1"}]
 )
