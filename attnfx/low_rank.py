@@ -36,6 +36,8 @@ from attnfx.variants.low_rank_bias import LowRankBias
 MOST_RANKS = 32
 #: Scores of one head whose bias is taken apart.
 MOST_SCORES = 2**24
+#: Bytes of a bias that the second-level cache of a large GPU holds beside everything else.
+CACHE = 2**25
 
 
 def low_rank(site: AttentionSite, variant: LowRankBias, values: Values | None) -> Beside | Exact | tuple[str, ...]:
@@ -50,7 +52,7 @@ def low_rank(site: AttentionSite, variant: LowRankBias, values: Values | None) -
         return read
     if isinstance(read, Exact):
         return read
-    exact = sum(choice.slots for choice in choices(site)) - sum(choice.slots for choice in choices(read.rest))
+    exact = sum(choice.slots for choice in choices(site)) - sum(choice.slots for choice in choices(read.rest)) + _from_memory(read)
     ways = [w for w in (_Way(read, exact, columns=False), _Way(read, exact, columns=True)) if w.possible]
     highest = max(w.most for w in ways)
     if variant.rank is not None and variant.rank > highest:
@@ -105,6 +107,13 @@ def _read(site: AttentionSite, values: Values) -> _Bias | Exact | tuple[str, ...
     if not terms:
         return Exact(f"its bias holds numbers that are infinite, or of {-HIDDEN:g} and more: a mask, which stays exact")
     return _Bias(site, site.replace(score=total(kept)), bias, scale_of(kept, site, values), tuple(terms))
+
+
+def _from_memory(read: _Bias) -> float:
+    """The further slots of reading biases that are whole tensors, as they are, and larger than the caches."""
+    sizes = [term.dtype.itemsize for term in read.terms if isinstance(term, Load)]
+    far = sum(size for size in sizes if size * read.bias.numel() > CACHE)
+    return far * (costs.COSTS.far_byte - costs.COSTS.near_byte)
 
 
 def _not_fixed(part: Expr, site: AttentionSite, values: Values) -> str | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from test_buffers import Watched
 from torch import Tensor, nn
 
 import attnfx
-from attnfx import buffer_guard
+from attnfx import buffer_guard, expr
+from attnfx.beside import Beside, Exact
 from attnfx.errors import PolicyError
+from attnfx.low_rank import low_rank
 from attnfx.report import Report
+from attnfx.site import AttentionSite, SideTensor
 from attnfx.variants import LowRankBias
 
 SIZES = (7, 5)
@@ -291,6 +295,22 @@ def test_verification_measures_it_and_the_report_has_each_layer() -> None:
     assert 1e-5 < found.worst < 0.1
     assert all(1e-6 < measured.error < 0.1 and measured.bound is None for measured in found.sites.values())
     assert " ".join(str(found.report).split()).count("largest error of each head") == 2
+
+
+def test_a_bias_larger_than_the_caches_may_have_more_ranks() -> None:
+    """Rank 20 is 64 columns: more than reading a small bias costs, and less than reading one from memory."""
+    for size, pays in ((1500, False), (3000, True)):
+        at = torch.arange(size) * (2 * torch.pi / size)
+        bias = sum((f * (at[:, None] - at)).cos() for f in range(1, 11))[None]
+        numbers = [sympy.Integer(n) for n in (2, 1, 1, size, size)]
+        score = expr.Score() * 0.125 + expr.Load(0, tuple(map(expr.index, "hij")), torch.float32)
+        side = (SideTensor((numbers[2], *numbers[3:]), torch.float32),)
+        site = AttentionSite(*numbers, 64, 64, torch.bfloat16, "cpu", score, side=side)  # type: ignore[arg-type]
+        found = low_rank(site, LowRankBias(tolerance=1e-2), lambda _, bias=bias: bias)  # type: ignore[misc]
+        assert isinstance(found, Beside if pays else Exact), found
+        if isinstance(found, Beside):
+            assert (found.site.head_dim, found.site.side) == (128, ())
+            assert "rank of each head 20; " in found.notes[0]
 
 
 @pytest.mark.parametrize(
