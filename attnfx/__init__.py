@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from attnfx.api import verify as verify
     from attnfx.exporting import export as export
     from attnfx.exporting import rewritten as rewritten
+    from attnfx.fitting import fit_neural_bias as fit_neural_bias
     from attnfx.policy import Policy as Policy
     from attnfx.policy import Rule as Rule
     from attnfx.report import Report as Report
@@ -23,13 +24,17 @@ _HOME = {
     "verify": "attnfx.api",
     "export": "attnfx.exporting",
     "rewritten": "attnfx.exporting",
+    "fit_neural_bias": "attnfx.fitting",
     "Policy": "attnfx.policy",
     "Rule": "attnfx.policy",
     "Report": "attnfx.report",
 }
 _MODULES = ("errors", "variants")
 
-__all__ = ["Policy", "Report", "Rule", "__version__", "compile", "errors", "explain", "export", "rewritten", "variants", "verify"]
+__all__ = [
+    "Policy", "Report", "Rule", "__version__", "compile", "errors", "explain", "export", "fit_neural_bias", "rewritten", "variants",
+    "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,15 @@ from torch import fx
 
 from attnfx import buffers, counting, patterns
 from attnfx import measure as measuring
+from attnfx.beside import Known
 from attnfx.breaks import break_of
 from attnfx.capture import capture
 from attnfx.composites import expand_composites
+from attnfx.constants import Constants
 from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
 from attnfx.inner import compile_inner
+from attnfx.laid_beside import laid_beside
 from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering import form_text
 from attnfx.lowering.plan import KernelPlan, choices
@@ -26,6 +29,7 @@ from attnfx.mirror import Mirror
 from attnfx.nodes import Load, walk
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
+from attnfx.pair_bias import PairNodes, pair_behind
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
@@ -116,14 +120,15 @@ def _rewrite(
         lost += [_lost(mirror, m, reason) for m in matches]
         matches = []
     splicer = Splicer(work, mirror)
+    constants = Constants(work, mirror, tables if any(given) and not prefix else None)
     sites: list[SiteReport] = []
     pairs: list[tuple[str, fx.Node, fx.Node]] = []
     for match in matches:
         old = mirror.dynamo_of.get(match.candidate.output)
-        entry = _serve(splicer, mirror, match, options, refused, prefix)
+        entry = _serve(splicer, mirror, match, options, refused, prefix, constants)
         if isinstance(entry, SiteReport):
             assert old is not None
-            sites.append(replace(entry, buffers=_read(match, tables)))
+            sites.append(replace(entry, buffers=tuple(sorted({*entry.buffers, *_read(match, tables)}))))
             pairs.append((entry.name, old, mirror.dynamo_of[match.candidate.output]))
             pairs += [(entry.name, before, after) for before, after in splicer.rows]
         else:
@@ -193,12 +198,12 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 
 def _serve(
-    splicer: Splicer, mirror: Mirror, match: Match, options: Options, refused: Mapping[str, str], prefix: str
+    splicer: Splicer, mirror: Mirror, match: Match, options: Options, refused: Mapping[str, str], prefix: str, constants: Constants
 ) -> SiteReport | Missed:
     """Decide one match and splice the decision in."""
     origin = origin_of(mirror, match.candidate.output)
     name = prefix + origin.node
-    match, decision = _decided(mirror, match, origin, options.policy)
+    match, decision, read = _decided(mirror, match, origin, options.policy, constants, bool(prefix))
     site = match.site
     if any(node not in mirror.dynamo_of for node in (match.candidate.output, *(row.node for _, row in match.rows))):
         inside = f"it is inside another operation, {mirror.origin.get(match.candidate.output)}, which could not be taken apart"
@@ -220,31 +225,49 @@ def _serve(
     return SiteReport(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
-        exact=decision.exact, kernel=_source(decision), source=origin.source, biases=_biases(decision),
+        exact=decision.exact, kernel=_source(decision), source=origin.source, buffers=read, biases=_biases(decision),
     )  # fmt: skip
 
 
-def _decided(mirror: Mirror, match: Match, origin: Origin, policy: Policy) -> tuple[Match, Decision]:
-    """What runs a match; where nothing has the gradient of a learned bias's formula, the bias is read as the model computed it.
+def _decided(
+    mirror: Mirror, match: Match, origin: Origin, policy: Policy, constants: Constants, inside: bool
+) -> tuple[Match, Decision, tuple[str, ...]]:
+    """What runs a match, and the buffers and parameters whose values were read for it; where nothing has the gradient of a
+    learned bias's formula, the bias is read as the model computed it. ``inside``: of a region.
 
     Raises Objection as :func:`decide` does.
     """
+    read: set[str] = set()
+
+    def decided(match: Match) -> Decision:
+        def values(slot: int) -> torch.Tensor | str:
+            found = constants.of(match.loads[slot])
+            read.update(constants.read(match.loads[slot]) if isinstance(found, torch.Tensor) else ())
+            return found
+
+        def pair(load: Load) -> PairNodes | str:
+            return "it is in a region of its own" if inside else pair_behind(mirror, match, load)
+
+        known = Known(values if constants.tables is not None else None, pair)
+        return decide(match.site.replace(origin=origin), policy, known)
+
     try:
-        decision, objection = decide(match.site.replace(origin=origin), policy), None
+        decision, objection = decided(match), None
     except Objection as raised:
         decision, objection = None, raised
     if (decision is None or decision.kernel is None) and any(t.requires_grad for t in match.site.side):
         for other in patterns.plainer(mirror, match):
             try:
-                found = decide(other.site.replace(origin=origin), policy)
+                found = decided(other)
             except Objection:
                 continue
             if found.kernel is not None:
-                return other, replace(found, reason=f"{found.reason}; its learned bias is read as the model computed it")
+                reason = f"{found.reason}; its learned bias is read as the model computed it"
+                return other, replace(found, reason=reason), tuple(sorted(read))
     if objection is not None:
         raise objection
     assert decision is not None
-    return match, decision
+    return match, decision, tuple(sorted(read))
 
 
 def _kept(mirror: Mirror, linear: LinearMatch, options: Options) -> SiteReport:
@@ -263,6 +286,8 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
     import attnfx.lowering.ops  # noqa: F401 - registers the operators
 
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
+        if decision.beside is not None:
+            query, key, loads = laid_beside(splicer, decision.beside, query, key, loads)
         if isinstance(kernel, KernelPlan):
             sizes = [splicer.number(s) for s in kernel.symbols]
             apart = (
@@ -290,7 +315,8 @@ def _biases(decision: Decision) -> tuple[str, ...]:
     """In which form the kernel meets each term that is added to the scores, as sentences."""
     if not isinstance(decision.kernel, KernelPlan):
         return ()
-    return tuple(dict.fromkeys(form_text.sentence(choice) for choice in choices(decision.site)))
+    notes = () if decision.beside is None else decision.beside.notes
+    return tuple(dict.fromkeys((*notes, *(form_text.sentence(choice) for choice in choices(decision.site)))))
 
 
 def _source(decision: Decision) -> str | None:

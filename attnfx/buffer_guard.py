@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch._guards import CompileContext, Guard, Source, TracingContext
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 
-from attnfx.structure import Structure, fit
+from attnfx.structure import fit
 
 #: A buffer that has had more structures than this in one frame is data from then on.
 MOST_STRUCTURES = 4
@@ -30,7 +31,7 @@ MOST_READINGS = 32
 class History:
     """What one buffer of one frame has been so far."""
 
-    structures: list[Structure] = field(default_factory=list)
+    structures: list[object] = field(default_factory=list)
     readings: int = 0
 
     @property
@@ -42,11 +43,11 @@ class History:
 _histories: dict[Any, dict[str, History]] = {}
 
 
-def history(source: Source) -> History:
-    """The history of a buffer in the frame that is being compiled."""
+def history(source: Source, what: str = "structure") -> History:
+    """The history of what was read of a buffer in the frame that is being compiled."""
     compiling = CompileContext.current_compile_id()
     frame = getattr(compiling, "frame_id", None)
-    return _histories.setdefault(frame, {}).setdefault(name_of(source), History())
+    return _histories.setdefault(frame, {}).setdefault(f"{what} of {name_of(source)}", History())
 
 
 def begin() -> None:
@@ -99,10 +100,20 @@ class _Seen:
 
 
 class Proof:
-    """That a buffer has a structure. Called with the buffer that is there now, tells whether it has it still."""
+    """That a buffer has a structure. Called with the buffer that is there now, tells whether it has it still.
 
-    def __init__(self, tensor: Tensor, structure: Structure | None, past: History) -> None:
-        self.structure, self.past = structure, past
+    ``read`` finds the structure of a tensor, ``readable`` says whether one may be asked for it.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        past: History,
+        read: Callable[[Tensor], object] = fit,
+        readable: Callable[[object], bool] | None = None,
+    ) -> None:
+        self.structure: object = None
+        self.past, self.read, self.readable = past, read, readable or plain
         self.seen = {id(tensor): _Seen.of(tensor)}
 
     def __call__(self, tensor: Tensor) -> bool:
@@ -110,24 +121,36 @@ class Proof:
         return (seen is not None and seen.still(tensor)) or self._again(tensor)
 
     def _again(self, tensor: Tensor) -> bool:
-        if not readable(tensor):
+        if not self.readable(tensor):
             return False
         now = _Seen.of(tensor)
         living = {key: old for key, old in self.seen.items() if old.tensor() is not None}
         if id(tensor) in living or len(living) < len(self.seen):  # written or replaced, not another module's with the same code
             self.past.readings += 1
         self.seen = living
-        if self.past.restless or fit(tensor) != self.structure:
+        if self.past.restless or self.read(tensor) != self.structure:
             return False
         self.seen[id(tensor)] = now
         return True
 
 
-def readable(t: object) -> bool:
-    """Whether a value is a plain tensor, in memory and with a version counter."""
-    if type(t) is not Tensor or t.requires_grad or t.is_meta or t.layout != torch.strided:
+def plain(t: object) -> bool:
+    """Whether a value is a plain tensor, in memory and with a version counter, that no gradient is asked of."""
+    return type(t) is Tensor and not t.requires_grad and _dense(t)
+
+
+def constant(t: object) -> bool:
+    """Whether a value is a plain tensor or a parameter of which no gradient is asked here: the grad mode is guarded by Dynamo."""
+    if type(t) not in (Tensor, Parameter):
         return False
-    return not t.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    assert isinstance(t, Tensor)
+    return _dense(t) and not (t.requires_grad and torch.is_grad_enabled())
+
+
+def _dense(t: Tensor) -> bool:
+    if t.is_meta or t.layout != torch.strided or t.is_inference():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def install(proofs: Iterable[tuple[Source, Proof]]) -> None:

@@ -2,7 +2,8 @@
 
 nanoGPT keeps its causal mask as a table of ones and zeros, GPT-Neo its window; to a graph such a table is an input like any other.
 A registered buffer of a module is read, and where it has a structure (:mod:`attnfx.structure`), its elements are that formula.
-Arguments, parameters and plain attributes are never read.
+Arguments and plain attributes are never read. The values themselves, and those of parameters, are read where a policy asks for a
+variant that is computed from them, and no gradient is asked of them (:mod:`attnfx.constants`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ from attnfx import buffer_guard
 from attnfx.buffer_guard import Proof
 from attnfx.expr import Expr
 from attnfx.mirror import Mirror
-from attnfx.structure import Less, Structure, fit
+from attnfx.structure import Less, Structure, Values, fit
 from attnfx.subgraphs import Region, is_call
+
+#: Where a module keeps them.
+_REGISTERED = ("_buffers", "_parameters")
+
+
+class Restless(str):
+    """Why values are not read that were, until they changed too often."""
 
 
 class Buffer:
-    """One buffer of the graph that is being compiled, read when its first element is asked for."""
+    """One buffer or parameter of the graph that is being compiled, read when its first element, or its values, are asked for."""
 
     def __init__(self, source: Source, tensor: torch.Tensor) -> None:
         self.source, self.tensor = source, tensor
         self.proof: Proof | None = None
+        self.held: Proof | None = None
 
     @property
     def name(self) -> str:
@@ -36,23 +45,44 @@ class Buffer:
         parts: list[str] = []
         source: Any = self.source
         while source is not None:
-            if getattr(getattr(source, "base", None), "member", "") in ("_modules", "_buffers"):
+            if getattr(getattr(source, "base", None), "member", "") in ("_modules", *_REGISTERED):
                 parts.insert(0, str(source.index))
             source = getattr(source, "base", None)
         return ".".join(part for part in parts if part != "_orig_mod")
 
     @cached_property
     def structure(self) -> Structure | None:
+        if not buffer_guard.plain(self.tensor):
+            return None
         past = buffer_guard.history(self.source)
         if past.restless:
             return None
-        proof = Proof(self.tensor, None, past)  # what is seen is older than what is read: a write in between is noticed
+        proof = Proof(self.tensor, past)  # what is seen is older than what is read: a write in between is noticed
         found = proof.structure = fit(self.tensor)
         if found is not None:
             if found not in past.structures:
                 past.structures.append(found)
             self.proof = None if past.restless else proof
         return None if self.proof is None else found
+
+    @property
+    def restless(self) -> bool:
+        """Whether its values change too often to be read."""
+        return buffer_guard.history(self.source, "values").restless
+
+    @cached_property
+    def values(self) -> torch.Tensor | None:
+        """A copy of its values, which the compiled graph may hold; None where it is too large, or changes too often."""
+        if self.restless:
+            return None
+        past = buffer_guard.history(self.source, "values")
+        proof = Proof(self.tensor, past, Values.of, buffer_guard.constant)
+        found = proof.structure = Values.of(self.tensor)
+        if found is not None:
+            if found not in past.structures:
+                past.structures.append(found)
+            self.held = None if past.restless else proof
+        return None if found is None or self.held is None else found.tensor
 
     def element(self, index: tuple[Expr, ...], less: Less) -> Expr | None:
         """The element at ``index``; None where only the tensor itself knows."""
@@ -63,7 +93,7 @@ Given = Sequence[Buffer | None]
 
 
 def given(gm: fx.GraphModule) -> Given:
-    """The buffer behind each input of a graph that Dynamo is compiling, where it is one that may be read."""
+    """The buffer or parameter behind each input of a graph that Dynamo is compiling, where it is one that may be read."""
     known = buffer_guard.guardable()
     if known:
         buffer_guard.begin()
@@ -73,16 +103,16 @@ def given(gm: fx.GraphModule) -> Given:
 def _buffer(placeholder: fx.Node, guarded: Collection[Source]) -> Buffer | None:
     argument = placeholder.meta.get("grapharg")
     source, tensor = getattr(argument, "source", None), getattr(argument, "example", None)
-    if source is None or source not in guarded or not _registered(source) or not buffer_guard.readable(tensor):
+    if source is None or source not in guarded or not _registered(source) or not buffer_guard.constant(tensor):
         return None
     return Buffer(source, tensor)  # type: ignore[arg-type]
 
 
 def _registered(source: Any) -> bool:
-    """Whether a source is ``module._buffers[name]``."""
+    """Whether a source is ``module._buffers[name]`` or ``module._parameters[name]``."""
     base = getattr(source, "base", None)
     of_module = type(base).__name__ in ("UnspecializedParamBufferSource", "ParamBufferSource")
-    return of_module and getattr(base, "member", "") == "_buffers" and isinstance(getattr(source, "index", None), str)
+    return of_module and getattr(base, "member", "") in _REGISTERED and isinstance(getattr(source, "index", None), str)
 
 
 def inside(region: Region, mirror: Mirror, buffers: dict[fx.Node, Buffer]) -> Given:
@@ -144,5 +174,5 @@ def behind(output: fx.Node, until: Collection[fx.Node], buffers: dict[fx.Node, B
 
 def guard(given: Given) -> None:
     """Guard every buffer that was read. Raises whatever Dynamo raises where it cannot."""
-    if proofs := [(b.source, b.proof) for b in given if b is not None and b.proof is not None]:
+    if proofs := [(b.source, proof) for b in given if b is not None for proof in (b.proof, b.held) if proof is not None]:
         buffer_guard.install(proofs)

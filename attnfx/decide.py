@@ -8,13 +8,18 @@ from typing import Literal
 
 import torch
 
+from attnfx.beside import Beside, Exact, Known
 from attnfx.errors import Objection
 from attnfx.expr import Call, Expr, Score, walk
+from attnfx.low_rank import low_rank
 from attnfx.lowering import vendor
 from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.neural import neural
 from attnfx.policy import Policy, Rule
 from attnfx.site import AttentionSite
 from attnfx.variants.base import Variant
+from attnfx.variants.low_rank_bias import LowRankBias
+from attnfx.variants.neural_bias import NeuralBias
 
 #: Globs that speak of everything: their variants are wishes, and a site that objects is left alone.
 _DEFAULTS = ("*", "**")
@@ -22,13 +27,15 @@ _DEFAULTS = ("*", "**")
 
 @dataclass(frozen=True)
 class Decision:
-    """``kernel``: a plan, ``"vendor"`` for torch's own fused attention, or None where the site stays as it was."""
+    """``kernel``: a plan, ``"vendor"`` for torch's own fused attention, or None where the site stays as it was; ``beside``: what
+    the kernel is given beside the model's own operands."""
 
     name: str
     kernel: KernelPlan | str | None
     reason: str
     site: AttentionSite
     variant: Variant | None = None
+    beside: Beside | None = None
 
     @property
     def exact(self) -> bool:
@@ -36,30 +43,51 @@ class Decision:
         return self.variant is None
 
 
-def decide(site: AttentionSite, policy: Policy) -> Decision:
-    """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it."""
+def decide(site: AttentionSite, policy: Policy, known: Known | None = None) -> Decision:
+    """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it.
+
+    ``known``: what the graph tells of its side tensors, for variants that are computed from them.
+    """
     rule = policy.choose(site.origin.module)
     if not site.exponential:
         return _linear(site, rule)
     if rule is None or rule.variant is None:
         return _exact(site)
-    return _by_rule(site, rule, rule.variant)
+    return _by_rule(site, rule, rule.variant, known)
 
 
-def _by_rule(site: AttentionSite, rule: Rule, variant: Variant) -> Decision:
+def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | None) -> Decision:
     piece = f"The site is a piece of an attention that is divided later; {type(variant).__name__} changes whole ones."
     reasons = variant.objections(site) if site.normaliser == "softmax" else (piece,)
     if not reasons:
-        changed = variant.apply(site)
-        plan = make_plan(changed, family(site))
-        if isinstance(plan, KernelPlan):
-            return Decision(plan.family, plan, f'asked for by the rule "{rule.modules}"', changed, variant)
-        reasons = plan
+        made = _made(site, variant, known)
+        if isinstance(made, Exact):
+            exact = _exact(site)
+            return Decision(
+                exact.name, exact.kernel, f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}", site
+            )
+        if isinstance(made, tuple):
+            reasons = made
+        else:
+            beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
+            plan = make_plan(changed, family(site))
+            if isinstance(plan, KernelPlan):
+                return Decision(plan.family, plan, f'asked for by the rule "{rule.modules}"', changed, variant, beside)
+            reasons = plan
     if rule.modules not in _DEFAULTS:
         raise Objection(site.origin.module, type(variant).__name__, reasons)
     exact = _exact(site)
     reason = f"{type(variant).__name__} objects: {' '.join(reasons)} {exact.reason}"
     return Decision(exact.name, exact.kernel, reason, exact.site)
+
+
+def _made(site: AttentionSite, variant: Variant, known: Known | None) -> AttentionSite | Beside | Exact | tuple[str, ...]:
+    """``site`` as ``variant`` has it, or why not."""
+    if isinstance(variant, LowRankBias):
+        return low_rank(site, variant, None if known is None else known.values)
+    if isinstance(variant, NeuralBias):
+        return neural(site, variant, known)
+    return variant.apply(site)
 
 
 def _exact(site: AttentionSite) -> Decision:

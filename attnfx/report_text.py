@@ -56,7 +56,8 @@ def groups(report: "Report") -> list[Group]:
     """The report's sites, equal ones together, in the order of their first appearance."""
     alike: dict[tuple[object, ...], list[SiteReport]] = {}
     for site in report.sites:
-        key = (site.pattern, str(site.site), site.decision, site.variant, site.reason, site.exactness)
+        told = site.biases if site.variant is not None else ()  # how good an approximation is, of each layer
+        key = (site.pattern, str(site.site), site.decision, site.variant, site.reason, site.exactness, told)
         alike.setdefault(key, []).append(site)
     found = []
     for sites in alike.values():

@@ -86,6 +86,30 @@ def fit(t: Tensor) -> Structure | None:
         return _affine(t, bits) or _band(t, bits)
 
 
+@dataclass(frozen=True, eq=False)
+class Values:
+    """All values of a tensor, in memory of their own; equal to others that are the same in every bit."""
+
+    tensor: Tensor
+
+    @staticmethod
+    def of(t: Tensor) -> Values | None:
+        """The values of ``t``; None where it is empty or large, or not one of the dtypes known here."""
+        if t.dtype not in (torch.bool, *_INTEGERS, *_FLOATS) or t.is_neg() or not 0 < t.numel() * t.element_size() <= LARGEST:
+            return None
+        with _disable_current_modes(), torch.no_grad():
+            return Values(t.detach().clone(memory_format=torch.contiguous_format))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Values):
+            return NotImplemented
+        a, b = self.tensor, other.tensor
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        with _disable_current_modes():
+            return torch.equal(a.view(_BITS[a.element_size()]), b.view(_BITS[b.element_size()]))
+
+
 def _weighted(weights: tuple[int, ...], index: tuple[Expr, ...]) -> Expr:
     total: Expr = expr.integer(0)
     for weight, at in zip(weights, index, strict=True):

@@ -22,8 +22,9 @@ TRANSCENDENTAL_OPS = frozenset(("exp", "exp2", "log", "sin", "cos", "sqrt", "rsq
 @dataclass(frozen=True)
 class Costs:
     """Slots. ``near_byte``: of what many tiles share, which the caches hold; ``far_byte``: of what each tile reads of its own from
-    device memory (3.35 TB/s against 132 multiprocessors of 128 lanes). ``per_key`` and ``per_query``: how often what depends on
-    one side alone is computed, for each score."""
+    device memory (3.35 TB/s against 132 multiprocessors of 128 lanes). ``matrix``: a multiplication with an addition in half
+    precision on the tensor cores. ``per_key`` and ``per_query``: how often what depends on one side alone is computed, for each
+    score."""
 
     fma: float = 1.0
     transcendental: float = 8.0
@@ -34,6 +35,7 @@ class Costs:
     near_byte: float = 1.0
     far_byte: float = 8.0
     per_key: float = 0.25
+    matrix: float = 1 / 16
     per_query: float = 1 / 16
 
 
@@ -66,6 +68,12 @@ def per_key_number(costs: Costs = COSTS) -> float:
 def product(costs: Costs = COSTS) -> float:
     """One product of a number of the query and one of the key, added to the score."""
     return (costs.per_key + costs.per_query) * TABLE_BYTES * costs.near_byte + costs.fma
+
+
+def columns(count: int, padding: int, queries: int, keys: int, dtype: torch.dtype, costs: Costs = COSTS) -> float:
+    """``count`` further columns of queries and keys, written and read once, by which padded head_dim grows by ``padding``."""
+    each = costs.matrix if dtype.itemsize < 4 else costs.fma
+    return padding * each + 2 * count * dtype.itemsize * costs.far_byte * (1 / queries + 1 / keys)
 
 
 def tabulated(near: bool = True, costs: Costs = COSTS) -> float:

@@ -129,7 +129,7 @@ def test_the_option_and_the_modes_that_search() -> None:
 def test_a_benchmark_row_is_a_call_of_the_kernels(row: benchmark.Row) -> None:
     _, call = benchmark.quick(row).call("meta")
     assert list(call.kernels("sm90")) == ["forward"]
-    assert call.q.shape == (min(row.batch, 8), row.heads, min(row.length, 1024), row.width)
+    assert call.q.shape == (min(row.batch, 32), row.heads, min(row.length, 1024), row.width)
 
 
 def test_a_benchmark_table_has_a_line_for_each_pass() -> None:

@@ -10,7 +10,11 @@ from attnfx import variants
 from attnfx.policy import Policy, Rule
 from attnfx.variants.base import Variant
 
-EXAMPLES: dict[str, list[Variant]] = {"SlidingWindow": [variants.SlidingWindow(8), variants.SlidingWindow(8, sinks=2)]}
+EXAMPLES: dict[str, list[Variant]] = {
+    "LowRankBias": [variants.LowRankBias(), variants.LowRankBias(rank=5), variants.LowRankBias(tolerance=0.01)],
+    "NeuralBias": [variants.NeuralBias("networks.pt")],
+    "SlidingWindow": [variants.SlidingWindow(8), variants.SlidingWindow(8, sinks=2)],
+}
 """Instances of each variant; a new variant adds its own here."""
 
 
