@@ -207,6 +207,7 @@ def _term(c: Choose, dtype: str) -> Bias | Mask:
             "alibi_absolute",
             "t5",
             "distance",
+            "points",
             "constant",
         )
     )
