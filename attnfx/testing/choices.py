@@ -210,6 +210,5 @@ def _term(c: Choose, dtype: str) -> Bias | Mask:
             "constant",
         )
     )
-    kind = c.pick(("distance", "points")) if kind == "distance" else kind
     letters = c.pick(("i j", "h i j", "b h i j", "b j", "j", "b i j", "h j", "i", "b h i")) if kind == "data" else "i j"
     return Bias(kind, letters, c.pick((True, True, False)))

@@ -218,6 +218,8 @@ def _t5(w: Writer, term: Bias) -> Var:
 
 
 def _distance(w: Writer, term: Bias) -> Var:
+    if w.flip():
+        return _points(w, term)
     i, j = rows(w), columns(w)
     return w.var("bias", f"-0.25 * ({i} - {j}).abs()", (("i",), ("j",)))
 
