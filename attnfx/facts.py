@@ -69,7 +69,7 @@ def conjuncts(keep: Expr) -> tuple[Expr, ...]:
 
 def prove(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges) -> Facts:
     """The facts of ``keep`` for queries ``0 <= i < length_q`` and keys ``0 <= j < length_k``."""
-    inside = Ranges({I: sympy.Integer(0), J: sympy.Integer(0), **ranges.low}, {I: length_q - 1, J: length_k - 1, **ranges.high})
+    inside = _inside(length_q, length_k, ranges)
     bounds: dict[str, list[sympy.Expr]] = {"delta_low": [], "delta_high": [], "key_low": [], "key_high": []}
     rest = []
     for term in conjuncts(keep):
@@ -91,6 +91,16 @@ def prove(keep: Expr, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges
     both = expr.logical_and(*rest)
     found_keys, found_queries = hull(both, I, J, inside), hull(both, J, I, inside)
     return replace(facts, nonempty=nonempty, keys=found_keys or ANYWHERE, queries=found_queries or ANYWHERE)
+
+
+def follows(slack: sympy.Expr, facts: Facts, length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether ``slack`` is proved not to be negative at every query and key that the bounds of ``facts`` keep."""
+    bounds = {name: list(getattr(facts, name)) for name in ("delta_low", "delta_high", "key_low", "key_high")}
+    return _nonnegative(slack, bounds, _inside(length_q, length_k, ranges))
+
+
+def _inside(length_q: sympy.Expr, length_k: sympy.Expr, ranges: Ranges) -> Ranges:
+    return Ranges({I: sympy.Integer(0), J: sympy.Integer(0), **ranges.low}, {I: length_q - 1, J: length_k - 1, **ranges.high})
 
 
 def _tightened(name: str, known: list[sympy.Expr], value: sympy.Expr, ranges: Ranges) -> list[sympy.Expr]:

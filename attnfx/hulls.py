@@ -36,11 +36,35 @@ def hull(e: Expr, given: sympy.Symbol, wanted: sympy.Symbol, ranges: Ranges) -> 
     if not isinstance(e, Call):
         return ANYWHERE
     if e.op in ("and", "or"):
+        if e.op == "or" and (until := _free_until(e, given)) is not None:
+            term, last = until
+            rest = expr.logical_or(*(a for a in e.args if a != term))
+            return _begun_after(last, given, hull(rest, given, wanted, ranges), ranges)
         parts = [hull(a, given, wanted, ranges) for a in e.args]
         if e.op == "and":
             return None if None in parts else _met((p for p in parts if p is not None), ranges)
         return _joined([p for p in parts if p is not None], ranges)
     return _met((_of_slack(s, given, wanted) for s in slacks(e)), ranges)
+
+
+def _free_until(e: Call, given: sympy.Symbol) -> tuple[Expr, sympy.Expr] | None:
+    """A term of the disjunction ``e`` that says ``given <= c`` and nothing else, and its ``c``."""
+    for a in e.args:
+        parts = slacks(a)
+        if len(parts) == 1 and parts[0].coeff(given) == -1:
+            last = sympy.expand(parts[0] + given)
+            if not last.free_symbols & _POSITIONS:
+                return a, last
+    return None
+
+
+def _begun_after(last: sympy.Expr, given: sympy.Symbol, rest: Hull | None, ranges: Ranges) -> Hull:
+    """The hull of ``given <= last or rest``: anything up to ``last``, and no less than what the rest begins with after it."""
+    if rest is None or rest.low is None:
+        return ANYWHERE
+    zero, one = sympy.Integer(0), sympy.Integer(1)
+    after = extremum(Min, [one, extremum(Max, [zero, given - last], ranges)], ranges)  # 0 up to ``last``, then 1
+    return Hull(low=extremum(Max, [zero, rest.low], ranges) * after)
 
 
 def slacks(e: Expr) -> tuple[sympy.Expr, ...]:

@@ -152,7 +152,7 @@ ROWS = (
     Row("row and column", biases.row_and_column, _numbers((HEADS, LENGTH), (HEADS, LENGTH)), rank=1),
     Row("distance 2-d", biases.distance_2d, _points(2), rank=3),
     Row("distance 3-d", biases.distance_3d, _points(3), rank=4),
-    Row("distance 3-d summed", biases.distance_summed, _points(3)),
+    Row("distance 3-d summed", biases.distance_summed, _points(3), rank=4),
     Row("pair bias", biases.pair_bias, lambda: (torch.randn(1, HEADS, LENGTH, LENGTH), _padding().float())),
     Row("music transformer", biases.music, _numbers((LENGTH, WIDTH))),
     Row("transformer-xl", biases.transformer_xl, _numbers((LENGTH, WIDTH), (HEADS, WIDTH), (HEADS, WIDTH))),

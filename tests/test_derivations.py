@@ -27,6 +27,7 @@ def derived(name: str) -> dict[str, Any]:
         ("swin table", "table[h, i, j]"),
         ("distance 2-d", "rank 3"),
         ("distance 3-d", "rank 4"),
+        ("distance 3-d summed", "rank 4"),
         ("convit gpsa", "rank 3"),
         ("sam decomposed", "computed in the tile"),
         ("packed documents", ""),

@@ -112,6 +112,15 @@ def test_a_query_visits_few_keys(name: str) -> None:
     assert visited <= VISITED[name]
 
 
+def test_a_key_behind_the_prefix_is_seen_by_no_query_before_it() -> None:
+    bounds = query_bounds(proved(MASKS["prefix"], 12, 12))
+    assert [enclosed(bounds, range(k, k + 1), 12)[0] for k in range(12)] == [0] * 5 + list(range(5, 12))
+    assert enclosed(bounds, range(3, 8), 12) == range(12), "a run that begins in the prefix"
+    two = expr.logical_or(CAUSAL, expr.lt(J, whole(3)), expr.lt(J, whole(7)))
+    assert [enclosed(query_bounds(proved(two, 12, 12)), range(k, k + 1), 12)[0] for k in (6, 7, 11)] == [0, 7, 11]
+    sound(two, 12, 12)
+
+
 @pytest.mark.parametrize("name", ["chunks", "causal chunks", "block causal", "prefix", "sinks and window", "dilated"])
 def test_each_query_keeps_its_own_key(name: str) -> None:
     assert proved(MASKS[name], 12, 12).nonempty

@@ -16,7 +16,9 @@ from attnfx import expr
 from attnfx.expr import INDEX, Call, Expr, Int, Load, Score, children
 from attnfx.integers import FloorDiv, Mod, PythonMod
 
-TRANSCENDENTAL_OPS = frozenset(("exp", "exp2", "log", "sin", "cos", "sqrt", "rsqrt", "tanh", "sigmoid", "pow"))
+TRANSCENDENTAL_OPS = frozenset(
+    ("exp", "exp2", "log", "log2", "log1p", "sin", "cos", "sqrt", "rsqrt", "tanh", "erf", "sigmoid", "pow")
+)
 
 
 @dataclass(frozen=True)

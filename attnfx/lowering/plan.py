@@ -19,6 +19,7 @@ from attnfx.facts import Facts, prove
 from attnfx.lowering import forms
 from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import BiasGradient, find
+from attnfx.lowering.kept import where_kept
 from attnfx.lowering.outside import split
 from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
 from attnfx.lowering.tables import KEYS, TABLE_AXES, Table, clamped, size_symbol
@@ -188,8 +189,7 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
     objections = _objections(site, family)
     if objections:
         return objections
-    symbols, exact = site.symbols, _needs_exact_rows(site)
-    chosen = _forms(site)
+    symbols, exact, chosen = site.symbols, _needs_exact_rows(site), _forms(site)
     score, tables = chosen.score, chosen.tables
     ready = site.replace(
         score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
@@ -209,9 +209,10 @@ def choices(site: AttentionSite) -> tuple[forms.Choice, ...]:
 
 
 def _readied(site: AttentionSite) -> AttentionSite:
-    """``site`` with numbers for slots, and without literal logits where no row needs them."""
+    """``site`` with numbers for slots, what the mask decides decided, and without literal logits where no row needs them."""
     site = _numbered(site).replace(origin=Origin())
-    return site.replace(literal=None) if site.literal is not None and not _needs_exact_rows(site) else site
+    exact = _needs_exact_rows(site)
+    return site.replace(score=where_kept(site, exact), literal=site.literal if exact else None)
 
 
 def _forms(site: AttentionSite) -> forms.Forms:

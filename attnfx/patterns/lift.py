@@ -22,6 +22,7 @@ from attnfx.expr import Expr, Int, Load
 from attnfx.integer_functions import foreign
 from attnfx.integers import Ranges, floordiv, modulo
 from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
+from attnfx.patterns.order import decisive
 
 if TYPE_CHECKING:
     from attnfx.patterns.learned import Learned
@@ -135,6 +136,8 @@ class Lifter:
 
     #: Operations that are data to a kind of lifter, although there is a rule for them.
     taken_whole: frozenset[str] = frozenset()
+    #: Whether no sum is written out in another order of additions than the model's.
+    ordered = False
 
     def __init__(
         self,
@@ -201,6 +204,8 @@ class Lifter:
         reader, self.reader = self.reader, node
         try:
             found = apply(self, node, index)
+            if found is not None and decisive(found):
+                found = self._in_order(node, apply, index)
         except NoNumber:
             found = None
         finally:
@@ -211,6 +216,17 @@ class Lifter:
         if loadable and self.learned is not None and self.learned.is_data(self.mirror, node, found):
             return leaf
         return leaf if loadable and self.worth_loading(found, index) else found
+
+    def _in_order(self, node: fx.Node, apply: Rule, index: Index) -> Expr | None:
+        """The element of an operation for which last bits decide: predicates are data, others are formulas of sums that are."""
+        if node.meta["val"].dtype == torch.bool:
+            return None
+        memo, self.memo, self.ordered = self.memo, {}, True
+        try:
+            found = apply(self, node, index)
+        finally:
+            self.memo, self.ordered = memo, False
+        return None if found is None or decisive(found) else found
 
     def _table(self, node: fx.Node, index: Index) -> Expr | None:
         """The element of an input whose values are known and have a formula."""

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.expr import Call, Const, Expr, Int, Load
+from attnfx.algebra import loads
+from attnfx.expr import Call, Const, Expr, Int
 from attnfx.mirror import is_tensor, sizes
 from attnfx.patterns.contraction import _dot, _einsum, contraction
 from attnfx.patterns.lift import Index, Lifter, operation, position_rule, rule, unpacking_rule
@@ -22,6 +23,7 @@ from attnfx.patterns.lift_choices import UNROLLED, static
 from attnfx.patterns.lift_moves import argument
 from attnfx.patterns.lift_places import grid
 from attnfx.patterns.lift_values import _dtype, _unwrapped
+from attnfx.patterns.order import SHORT, free, is_free
 
 #: Larger formulas stay data, those of two positions, which would be a tensor of their product, only above the second number.
 NODES, NODES_OF_PAIRS = 64, 512
@@ -54,11 +56,11 @@ def _terms(lifter: Lifter, node: fx.Node, index: Index, dims: Any, keep: bool) -
 def _small(lifter: Lifter, found: Expr, index: Index) -> Expr | None:
     """``found`` where it is worth its length, and reads no more than vectors of data."""
     used = frozenset().union(*map(expr.symbols, index)) if index else frozenset()
-    loads = [n for n in expr.walk(found) if isinstance(n, Load)]
-    if loads and (lifter.inner is None or any(all(s in expr.symbols(n) for s in lifter.inner) for n in loads)):
+    read = loads(found)
+    if read and (lifter.inner is None or any(all(s in expr.symbols(n) for s in lifter.inner) for n in read)):
         return None
     pairs = lifter.inner is not None and all(s in used for s in lifter.inner)
-    if loads and not pairs:
+    if read and not pairs:
         return None
     limit = NODES_OF_PAIRS if pairs or len(used) > 1 else NODES
     return found if sum(1 for _ in expr.walk(found)) <= limit else None
@@ -102,14 +104,15 @@ def held(dtype: torch.dtype) -> float:
 
 
 def total(lifter: Lifter, terms: Sequence[Expr], dtype: torch.dtype) -> Expr | None:
-    """The sum of ``terms`` in ``dtype``; None where its rounding would depend on the order."""
-    ordered = dtype.is_floating_point and len(terms) > 2
-    if dtype == torch.bool or (ordered and sum(largest(lifter, t) for t in terms) > held(dtype)):
+    """The sum of ``terms`` in ``dtype``; None where its rounding would depend on the order, and more than a few are added."""
+    ordered = dtype.is_floating_point and len(terms) > 2 and sum(largest(lifter, t) for t in terms) > held(dtype)
+    if dtype == torch.bool or (ordered and (lifter.ordered or len(terms) > SHORT)):
         return None
-    found = _typed(terms[0], dtype)
+    wide = torch.float32 if ordered and dtype.itemsize < 4 else dtype  # torch rounds such a sum to a half once
+    found = _typed(_typed(terms[0], dtype), wide)
     for term in terms[1:]:
-        found = expr.add(found, _typed(term, dtype), dtype)
-    return found
+        found = expr.add(found, _typed(_typed(term, dtype), wide), wide)
+    return free(expr.cast(found, dtype)) if ordered else found
 
 
 def _typed(e: Expr, dtype: torch.dtype) -> Expr:
@@ -135,7 +138,8 @@ def _sum_or_product(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 @rule("aten.matmul", "aten.bmm", "aten.einsum")
 def _contracted(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """A product of short vectors that are made of positions, one-hot rows for example, is written out."""
+    """A product of short vectors that are made of positions, one-hot rows for example, or of coordinates beside the scores is
+    written out."""
     return _written_out(lifter, node, index) or (_einsum if operation(node) == "aten.einsum" else _dot)(lifter, node, index)
 
 
@@ -145,14 +149,24 @@ def _written_out(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     width = None if made is None else static(made.summed)
     if made is None or width is None or lifter.mirror.requires_grad(node):
         return None
-    terms = []
-    for k in range(width):
-        pair = [made.element(side, lifter, index, expr.integer(k)) for side in (0, 1)]
-        if any(isinstance(n, Load) or largest(lifter, x) > COORDINATE for x in pair for n in expr.walk(x)):
-            return None
-        terms.append(expr.mul(_typed(pair[0], _dtype(node)), _typed(pair[1], _dtype(node)), _dtype(node)))
-    found = total(lifter, terms, _dtype(node))
-    return found and _small(lifter, found, index)
+    dtype = _dtype(node)
+    pairs = [[made.element(side, lifter, index, expr.integer(k)) for side in (0, 1)] for k in range(width)]
+    whole = all(largest(lifter, x) <= COORDINATE and not loads(x) for pair in pairs for x in pair)
+    if not whole and not _coordinates(lifter, node, pairs):
+        return None
+    wide = dtype if whole or dtype.itemsize >= 4 else torch.float32
+    terms = [expr.mul(_typed(_typed(x, dtype), wide), _typed(_typed(y, dtype), wide), wide) for x, y in pairs]
+    found = total(lifter, terms, wide)
+    if found is None:
+        return None
+    return _small(lifter, found if whole else free(expr.cast(found, dtype), cancels=True), index)
+
+
+def _coordinates(lifter: Lifter, node: fx.Node, pairs: Sequence[Sequence[Expr]]) -> bool:
+    """Whether ``node`` multiplies vectors of few coordinates, and is known not to make the scores."""
+    known = not lifter.ordered and lifter.learned is not None and node not in lifter.learned.scores
+    few = len(pairs) <= SHORT and _dtype(node).is_floating_point
+    return known and few and not any(lifter.followed(n) for pair in pairs for x in pair for n in loads(x))
 
 
 @position_rule("aten.mean")
@@ -164,9 +178,10 @@ def _reduced(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
     found = total(lifter, terms, _dtype(node))
     if found is None or operation(node) == "aten.sum":
         return found and _small(lifter, found, index)
-    if len(terms) & (len(terms) - 1):
-        return None  # a mean is a product or a quotient, by device
-    return _small(lifter, expr.div(found, expr.constant(float(len(terms)), _dtype(node)), _dtype(node)), index)
+    mean = expr.div(found, expr.constant(float(len(terms)), _dtype(node)), _dtype(node))
+    if len(terms) & (len(terms) - 1):  # a mean is a product or a quotient, by device
+        return _small(lifter, free(mean), index) if is_free(found) else None
+    return _small(lifter, mean, index)
 
 
 @position_rule("aten.prod")
@@ -209,7 +224,7 @@ def _logical(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 
 def length(lifter: Lifter, terms: Sequence[Expr], order: float, dtype: torch.dtype) -> Expr | None:
-    """The norm of a vector; of two or more numbers only where sums of powers are exact, in an order that needs no root else."""
+    """The norm of a vector, of a few numbers where sums of powers are not exact, in an order that needs no root else."""
     terms = [expr.cast(t, dtype) for t in terms]
     absolute = [expr.call("abs", t, dtype=dtype) for t in terms]
     if order == math.inf:
@@ -220,11 +235,12 @@ def length(lifter: Lifter, terms: Sequence[Expr], order: float, dtype: torch.dty
     if order == 1:
         return total(lifter, absolute, dtype)
     squares = [expr.mul(t, t, dtype) for t in terms]
-    if order != 2 or dtype != torch.float32 or sum(largest(lifter, s) for s in squares) > held(dtype):
-        return None
-    found_sum = total(lifter, squares, dtype)
+    found_sum = total(lifter, squares, dtype) if order == 2 and dtype.itemsize >= 4 else None
     if found_sum is None:
         return None
+    if dtype != torch.float32 or sum(largest(lifter, s) for s in squares) > held(dtype):
+        few = len(terms) <= SHORT and not lifter.ordered
+        return free(expr.call("sqrt", found_sum, dtype=dtype)) if few else None
     # a norm's root is rounded correctly, which the root of a whole tensor is not on every CPU
     return expr.cast(expr.call("sqrt", expr.cast(found_sum, torch.float64), dtype=torch.float64), dtype)
 
@@ -244,23 +260,29 @@ def _norm(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 @position_rule("aten.cdist")
 def _distance(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
-    """Between points of whole coordinates, small enough for the product by which long lists are compared."""
+    """Of points, long lists of which are compared by a product that loses small distances unless coordinates are small integers."""
     left, right = node.args[:2]
     order = float(argument(node, 2, "p", 2.0))
     width = static(sizes(left)[-1])  # type: ignore[arg-type]
     if width is None or not is_tensor(left) or not is_tensor(right):
         return None
     dtype, leading = _dtype(node), index[:-2]
-    differences = []
+    differences, whole = [], True
     for k in range(width):
         x, y = (
             lifter.broadcast(t, (*leading, at, expr.integer(k))) for t, at in ((left, index[-2]), (right, index[-1]))
         )  # fmt: skip
-        if order == 2 and max(largest(lifter, x), largest(lifter, y)) > COORDINATE:
-            return None
         differences.append(expr.sub(x, y, dtype))
-    found = length(lifter, differences, order, dtype)
-    return found and _small(lifter, found, index)
+        whole = whole and max(largest(lifter, x), largest(lifter, y)) <= COORDINATE
+    found = length(lifter, differences, order, dtype) if whole or order != 2 or width <= SHORT else None
+    cancels = order == 2 and not whole and _compared_by_product(node)
+    return found and _small(lifter, free(found, cancels=True) if cancels else found, index)
+
+
+def _compared_by_product(node: fx.Node) -> bool:
+    mode = argument(node, 3, "compute_mode", 0) or 0
+    short = all(n.is_Integer and n <= 25 for n in (sizes(x)[-2] for x in node.args[:2]))  # type: ignore[arg-type]
+    return bool(mode == 1 or (mode == 0 and not short))
 
 
 @unpacking_rule("aten.meshgrid")

@@ -19,6 +19,7 @@ from attnfx.patterns.candidate import Candidate, Layout, Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.learned import Learned, Reading, products
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale
+from attnfx.patterns.order import SHORT
 from attnfx.patterns.probabilities import Factor, factor
 from attnfx.patterns.program import ScoreFactor, canonical, narrowed, numbered, program, without_factors
 from attnfx.patterns.unscaled import unscaled
@@ -183,8 +184,8 @@ class _Attempt:
         if self.rank >= len(plain):
             raise NoProduct("no product of queries and keys was found in the logits")
         # Several products may meet in the logits (biases computed from q): the scores have an axis for the keys alone, and
-        # are mostly the last one computed.
-        plain.sort(key=lambda found: (Int(self.j) not in found[1], -self.mirror.position[found[0]]))
+        # are wider than coordinates, and mostly the last one computed.
+        plain.sort(key=lambda found: (Int(self.j) not in found[1], _short(found[0]), -self.mirror.position[found[0]]))
         return plain[self.rank]
 
     def _roles(self) -> None:
@@ -384,3 +385,9 @@ class _Attempt:
         if not size.is_Integer:
             raise Refused(f"its {name} is {size}, not known before run time")
         return int(size)
+
+
+def _short(dot: fx.Node) -> bool:
+    """Whether a product sums so few numbers that they may be coordinates."""
+    made = contraction(dot)
+    return made is not None and made.summed.is_Integer and bool(made.summed <= SHORT)

@@ -19,6 +19,7 @@ from attnfx.nodes import has_score
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.lift import Dot, operation
+from attnfx.patterns.order import settled
 from attnfx.patterns.probabilities import ONE, Factor, support
 from attnfx.patterns.separate import Logits, separate
 from attnfx.patterns.versions import Past, obtainable
@@ -199,7 +200,7 @@ def canonical(z: Expr, layout: Layout, extents: Extents) -> Expr:
             digit = floordiv(INDEX[name], below)
             mapping[atom] = digit if k == 0 else modulo(digit, extents.sizes[atom], ranges)
             below = sympy.expand(below * extents.sizes[atom])
-    return expr.substitute(z, mapping)
+    return expr.substitute(settled(z), mapping)
 
 
 def _total(atoms: Sequence[sympy.Symbol], extents: Extents) -> sympy.Expr:

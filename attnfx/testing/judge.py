@@ -164,7 +164,7 @@ def known_nan(program: Program, ours: Results, eager: Results, truth: Results) -
         x, y, z = a[name], b[name], truth.gradients.get(name)
         if x is None or y is None or z is None or not x.shape == y.shape == z.shape or not (both or late):
             continue
-        biased = late and name.rstrip("0123456789") in ("bias", "table", "slopes")
+        biased = late and name.rstrip("0123456789") in ("bias", "table", "slopes", "points")
         unknown = x.isnan() | y.isnan() if both else y.isnan() & z.isnan() & biased
         a[name], b[name] = x.masked_fill(unknown, 0.0), y.masked_fill(unknown, 0.0)
     return Results(ours.outputs, a), Results(eager.outputs, b)

@@ -67,8 +67,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Bias:
-    """Something added. ``kind``: data, sliced, table, embedding, alibi, alibi_columns, alibi_absolute, t5, distance, constant;
-    ``letters`` the axes that data has."""
+    """Something added. ``kind``: data, sliced, table, embedding, alibi, alibi_columns, alibi_absolute, t5, distance
+    (of positions, or of points in space), points, constant; ``letters`` the axes that data has."""
 
     kind: str = "data"
     letters: str = "i j"

@@ -218,11 +218,30 @@ def _t5(w: Writer, term: Bias) -> Var:
 
 
 def _distance(w: Writer, term: Bias) -> Var:
+    if w.flip():
+        return _points(w, term)
     i, j = rows(w), columns(w)
     return w.var("bias", f"-0.25 * ({i} - {j}).abs()", (("i",), ("j",)))
+
+
+def _points(w: Writer, term: Bias) -> Var:
+    """Of points in space: a smooth function of how far apart two are, or one that jumps."""
+    made = "torch.randn({shape}).to(dtype)" + (".requires_grad_()" if term.learned else "")
+    a = w.input("points", (("b",), ("i",), ("x",)), made).name
+    b = a if w.number("i") == w.number("j") and w.flip() else w.input("points", (("b",), ("j",), ("x",)), made).name
+    apart = w.let("apart", w.pick(f"{a}[:, :, None] - {b}[:, None]", f"{a}.unsqueeze(2) - {b}.unsqueeze(1)"))
+    ways = [f"{apart}.pow(2).sum(-1)", f"({apart} * {apart}).sum(dim=-1)", f"{apart}.square().mean(-1)", f"{apart}.abs().sum(-1)",
+            f"({a} @ {b}.transpose(-1, -2)).square()"]  # fmt: skip
+    if not term.learned and w.program.dtype in ("float32", "float64"):
+        ways += [f"torch.cdist({a}, {b})", f"{apart}.norm(dim=-1)"]
+    far = w.let("far", w.pick(*ways))
+    smooth = (f"-0.5 * {far}", f"torch.exp(-{far})", f"torch.log1p({far})", f"1 / (1 + {far})")
+    value = w.pick(*smooth, *smooth, f"({far} < 1.5).to({far}.dtype)", f"({far} * 2).floor()")
+    return w.var("bias", value, (("b",), ("i",), ("j",)))
 
 
 _BIASES: dict[str, Callable[[Writer, Bias], Var]] = {
     "data": _free, "sliced": _sliced, "table": _table, "embedding": _embedding, "alibi": _alibi, "alibi_columns": _alibi_columns,
     "alibi_absolute": _alibi_absolute, "t5": _t5, "distance": _distance,
+    "points": _points,
 }  # fmt: skip

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from attnfx import expr
 from attnfx.expr import Expr
-from attnfx.lowering import form_text, forms, ops
+from attnfx.lowering import costs, form_text, forms, ops
 from attnfx.lowering.plan import KernelPlan, choices, make_plan
+from attnfx.nodes import UNARY
 from attnfx.site import AttentionSite
 
 
@@ -153,3 +154,12 @@ def test_a_larger_limit_is_a_larger_error() -> None:
         make_plan.cache_clear()
     assert distance(exact[0], want[0]) < 2e-5
     assert distance(forced[1], want[1]) > distance(exact[1], want[1])
+
+
+def test_every_function_of_a_number_has_a_cost() -> None:
+    """What a special function unit or a series computes costs more than an addition."""
+    plain = {"neg", "abs", "floor", "ceil", "trunc", "round", "not"}
+    x = load(0, J)
+    for op in set(UNARY) - {"not"}:
+        cost = costs.everywhere(expr.call(op, x, dtype=torch.float32)) - costs.everywhere(x)
+        assert cost == (costs.COSTS.fma if op in plain else costs.COSTS.transcendental), op

@@ -51,12 +51,12 @@ def test_a_gather_by_distance_becomes_a_table() -> None:
 
 def test_a_cheap_function_of_distance_stays_in_the_tile() -> None:
     symmetric = SCALED + load(0, H) * expr.cast(expr.call("abs", I - J), torch.float32)
-    assert planned(site(symmetric, causal(), side=(side(HEADS),))).tables == ()
+    assert planned(site(symmetric, side=(side(HEADS),))).tables == ()
 
 
 def test_a_learned_function_of_distance_becomes_a_table() -> None:
     symmetric = SCALED + load(0, H) * expr.cast(expr.call("abs", I - J), torch.float32)
-    plan = planned(site(symmetric, causal(), side=(side(HEADS, grad=True),)))
+    plan = planned(site(symmetric, side=(side(HEADS, grad=True),)))
     assert [g.kind for g in plan.gradients] == ["diagonal"]
 
 
