@@ -147,7 +147,7 @@ def build(
     device: torch.device, text: str,
 ) -> Tensor:  # fmt: skip
     """The lists of a mask's plan, int32 in :func:`shape`; what is in them says `templates/classify.py`. By Triton's kernels."""
-    from attnfx.lowering import codegen, codegen_blocks
+    from attnfx.lowering import codegen_blocks, handed
     from attnfx.lowering.launch import run
     from attnfx.lowering.templates.classify import profile_ends, tile_lists
 
@@ -155,8 +155,8 @@ def build(
     if not worthwhile(queries, keys) or lists.numel() == 0:
         return lists
     plan, made = KernelPlan.from_json(text), codegen_blocks.classifier_of(text)
-    pointers = codegen.pointers(plan, keys, loads)
-    numbers = codegen.ints(plan, plan.values(sizes, keys, loads), pointers) or (0,)
+    pointers = handed.pointers(plan, keys, loads)
+    numbers = handed.ints(plan, plan.values(sizes, keys, loads), pointers) or (0,)
     own_tiles, walked_tiles = lists.shape[2], lists.shape[3] - 2
     ends = list[Tensor]()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -7,26 +7,23 @@ import importlib.util
 import os
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import sympy
-import torch
-from torch import Tensor
 
 from attnfx import __version__, expr
-from attnfx.expr import Call, Expr, Load
+from attnfx.expr import Expr, Load
 from attnfx.files import replace_file
 from attnfx.integers import Ranges
-from attnfx.lowering.codegen_print import HELPERS, LOG2E, MASKED_OUT, Body, Unprintable, _bare, may_mask
+from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask
+from attnfx.lowering.handed import handed
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
-from attnfx.nodes import has_score
 
 if TYPE_CHECKING:
     from attnfx.lowering.call import Program
@@ -105,51 +102,6 @@ def _loaded(score: Expr) -> bool:
     return any(isinstance(n, Load) and expr.depends_on(n, "j") for n in expr.walk(score))
 
 
-def ints(plan: KernelPlan, values: Mapping[sympy.Symbol, int], tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """The numbers of one call: the values of `plan.kernel_symbols`, then the strides of each of the :func:`pointers`."""
-    strides = [s for t in tensors for s in t.stride()]
-    return (*(int(values[s]) for s in plan.kernel_symbols), *strides)
-
-
-def pointers(plan: KernelPlan, keys: int, loads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The side tensors in use, in the order and form of `loads` in the generated functions: tables of distances from their middle
-    on, i = j, those of :func:`in_base_2` in base 2."""
-    scaled, masks, middles = in_base_2(plan), plan.site.literal is None, distances(plan)
-    given = [_base_2(loads[slot], masks) if slot in scaled else loads[slot] for slot in plan.used_slots]
-    return tuple(t[..., keys - 1 :] if slot in middles else t for slot, t in zip(plan.used_slots, given, strict=True))
-
-
-def distances(plan: KernelPlan) -> frozenset[int]:
-    """The slots of the tables of distances."""
-    return frozenset(t.slot for t in plan.tables if t.relative)
-
-
-@lru_cache(maxsize=1024)
-def in_base_2(plan: KernelPlan) -> frozenset[int]:
-    """The tables of distances that are added to the logits and read by nothing else: they are multiplied by log2(e) once a call,
-    and not in every tile."""
-    others = [e for e in plan.tile_expressions if e is not plan.site.score]
-    parts = list(_added(plan.site.score))
-    added = Counter(n.slot for e in parts + others for n in expr.walk(e) if isinstance(n, Load))
-    alone = {part.slot for part in parts if isinstance(part, Load)}
-    return frozenset(slot for slot in distances(plan) if slot in alone and added[slot] == 1)
-
-
-def _added(e: Expr) -> Iterator[Expr]:
-    """The summands of the logits."""
-    if isinstance(e, Call) and e.op == "add" and has_score(e):
-        for part in e.args:
-            yield from _added(part)
-    else:
-        yield e
-
-
-def _base_2(table: Tensor, masks: bool) -> Tensor:
-    """The numbers times log2(e); ``masks``: as `to_base_2` of templates/arithmetic.py."""
-    scaled = table * LOG2E
-    return torch.where(table < MASKED_OUT, table, scaled) if masks else scaled
-
-
 def _body(plan: KernelPlan) -> Body:
     strides, at = {}, len(plan.kernel_symbols)
     for slot in plan.used_slots:
@@ -159,7 +111,8 @@ def _body(plan: KernelPlan) -> Body:
     numbers = {s: n for n, s in enumerate(plan.kernel_symbols)}
     body = Body(places, numbers, strides, ranges(plan))
     body.short = all(n.is_Integer and n <= SHORT for n in (plan.site.queries, plan.site.keys))
-    body.in_base_2, body.masks, body.distances = in_base_2(plan), plan.site.literal is None, distances(plan)
+    form = handed(plan)
+    body.in_base_2, body.masks, body.distances = form.in_base_2, form.masks, form.distances
     body.unmasked = frozenset(t.slot for t in plan.tables if not may_mask(t.recipe))
     return body
 

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnfx import expr
 from attnfx.expr import Load
-from attnfx.lowering import blocks, codegen, launch
+from attnfx.lowering import blocks, codegen, handed, launch
 from attnfx.lowering.call import Program, Residuals
 from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened, relieved
 from attnfx.lowering.descriptors import type_of
@@ -228,7 +228,7 @@ def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Prog
     mask = blocks.mask_of(made.to_json())
     assert mask is not None
     lists = [blocks.build(loads, (), batch, 1, length, length, by_keys, loads[0].device, mask.text) for by_keys in (False, True)]
-    return codegen.program(made), list(codegen.ints(made, made.values((), length, loads), loads)), lists[0], lists[1]
+    return codegen.program(made), list(handed.ints(made, made.values((), length, loads), loads)), lists[0], lists[1]
 
 
 def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash, portable, short
+from attnfx.lowering import codegen, flash, handed, portable, short
 from attnfx.lowering.call import Residuals
 from attnfx.lowering.gradients import BiasGradient, to_layout
 from attnfx.lowering.plan import KernelPlan
@@ -32,8 +32,8 @@ def backward(
 ) -> list[Tensor]:
     """The same contract as `portable.backward`; ``text`` is the plan's JSON, the rest the lists of tiles that its mask keeps."""
     values = plan.values(sizes, k.shape[2], loads)
-    program, tensors = codegen.program_of(text), codegen.pointers(plan, k.shape[2], loads)
-    numbers = codegen.ints(plan, values, tensors)
+    program, tensors = codegen.program_of(text), handed.pointers(plan, k.shape[2], loads)
+    numbers = handed.ints(plan, values, tensors)
     residuals = Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
     common: dict[str, Any] = {"grad_lse": grad_lse, "dropout_p": plan.site.dropout, "seed": seed}
     given = (program, q, k, v, result.out, residuals, grad_out, tensors, numbers)

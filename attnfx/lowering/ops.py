@@ -116,12 +116,12 @@ def _forward(
     plan = KernelPlan.from_json(text)
     if not kernel or k.shape[2] == 0:
         return portable.forward(plan, q, k, v, loads, sizes, seed)
-    from attnfx.lowering import codegen, flash
+    from attnfx.lowering import codegen, flash, handed
     from attnfx.lowering.tuning import calls, lookup
     from attnfx.lowering.tuning.operands import Operands
 
-    tensors = codegen.pointers(plan, k.shape[2], loads)
-    numbers, program = codegen.ints(plan, plan.values(sizes, k.shape[2], loads), tensors), codegen.program_of(text)
+    tensors = handed.pointers(plan, k.shape[2], loads)
+    numbers, program = handed.ints(plan, plan.values(sizes, k.shape[2], loads), tensors), codegen.program_of(text)
     walked = row_blocks if blocks.worthwhile(q.shape[2], k.shape[2]) else None
     if calls.requested(program.key):
         calls.prepare(Operands(text, q, k, v, tuple(loads), tuple(sizes), seed, walked))

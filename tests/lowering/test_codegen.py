@@ -31,7 +31,7 @@ from sink_cases import examples as sink_examples
 from attnfx import expr
 from attnfx.expr import Int
 from attnfx.integers import FloorDiv, Max, Min, PythonMod
-from attnfx.lowering import codegen
+from attnfx.lowering import codegen, handed
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.site import AttentionSite
 
@@ -136,7 +136,7 @@ def test_tables_of_distances_are_given_from_their_middle_in_base_2() -> None:
     # a compiler may leave gaps between the rows of what it makes
     table = torch.randn(int(plan.site.heads), queries + keys + 20)[:, : queries + keys - 1]
     loads = [torch.randn(32, int(plan.site.heads)), table]
-    (given,) = codegen.pointers(plan, keys, loads)
-    strides = codegen.ints(plan, plan.values((), keys, loads), (given,))[-2:]
+    (given,) = handed.pointers(plan, keys, loads)
+    strides = handed.ints(plan, plan.values((), keys, loads), (given,))[-2:]
     assert strides == given.stride()
     assert torch.allclose(given[:, 0], table[:, keys - 1] * math.log2(math.e))

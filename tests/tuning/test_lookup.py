@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from triton.errors import TritonError
 from tuning_calls import backward_call, example, forward_call
 
-from attnfx.lowering import codegen, flash, launch
+from attnfx.lowering import codegen, flash, handed, launch
 from attnfx.lowering.configs import Config, Tile
 from attnfx.lowering.tuning import cache, calls, lookup
 from attnfx.lowering.tuning.entries import Comparison, Entry
@@ -108,8 +108,8 @@ def test_a_launch_takes_it_and_a_recording_for_elsewhere_does_not(monkeypatch: p
     _remember(monkeypatch, {call.key("forward"): Entry(TUNED, 1.0, 2.0)})
     seen: list[int] = []
     monkeypatch.setattr(flash, "run", lambda kernel, grid, *a, BLOCK_M, **k: seen.append(BLOCK_M))
-    tensors = codegen.pointers(call.plan, call.k.shape[2], call.loads)
-    numbers = codegen.ints(call.plan, call.plan.values((), call.k.shape[2], call.loads), tensors)
+    tensors = handed.pointers(call.plan, call.k.shape[2], call.loads)
+    numbers = handed.ints(call.plan, call.plan.values((), call.k.shape[2], call.loads), tensors)
     given = call.program, call.q, call.k, call.v, tensors, numbers
     flash.forward(*given)
     flash.forward(*given, config=Config(16, 16, 4, 1))

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast, get_args
 import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash, launch
+from attnfx.lowering import codegen, flash, handed, launch
 from attnfx.lowering.call import Program, Residuals
 from attnfx.lowering.configs import Choice, Config, Kernel, Tile
 from attnfx.lowering.gradients import BiasGradient
@@ -154,8 +154,8 @@ class Operands:
         """The side tensors and the numbers that the kernels take."""
         plan = self.plan
         values = plan.values(self.sizes, self.k.shape[2], self.loads)
-        tensors = codegen.pointers(plan, self.k.shape[2], self.loads)
-        return tensors, codegen.ints(plan, values, tensors)
+        tensors = handed.pointers(plan, self.k.shape[2], self.loads)
+        return tensors, handed.ints(plan, values, tensors)
 
     @property
     def _noise(self) -> _Noise:
