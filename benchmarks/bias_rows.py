@@ -47,8 +47,9 @@ def _noise(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Ten
 
 def _qkv(device: str, batch: int, heads: int, length: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     noise = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(batch, heads, length, width, device=device, dtype=torch.bfloat16, generator=noise) for _ in range(3))
-    return q, k, v
+    # as a projection leaves them: heads beside each other
+    q, k, v = (torch.randn(batch, length, heads, width, device=device, dtype=torch.bfloat16, generator=noise) for _ in range(3))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _sizes(quick: bool) -> tuple[int, int, int, int]:
@@ -88,7 +89,9 @@ def alibi(kind: str, device: str, quick: bool) -> Case:
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return s - slopes[h] * (i - j).abs() if kind == "symmetric" else s + slopes[h] * (j - i)
 
-    dense = bias(slopes)[None].to(torch.bfloat16)
+    dense = bias(slopes)[None]
+    # the same softmax, and bfloat16 is fine where there is weight
+    dense = (dense - dense.amax(-1, keepdim=True)).to(torch.bfloat16)
     if kind == "causal":
         dense = dense.masked_fill(torch.ones(length, length, dtype=torch.bool, device=device).triu(1), float("-inf"))
     flex = partial(_flex, score, (lambda b, h, i, j: i >= j) if kind == "causal" else None, length)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.biases [--quick] [--rows GLOB] [--out FILE] [--device cuda|cpu]
 
-attnfx and torch.compile's default get the spelling that models use; FlexAttention and SDPA get what one writes by hand for them.
+Heads come side by side from a projection and go so to the next one. attnfx and torch.compile's default get the spelling that models
+use; FlexAttention and SDPA get what one writes by hand for them.
 SDPA's time holds making the dense bias where it depends on inputs. Each peer's output is checked against float32 before it is
 timed (relative L2 distance). Times are medians of CUDA events with a cold L2 cache; memory is the peak above the inputs. A peer
 that fails is a row of data with the error in it.
@@ -30,13 +31,19 @@ def peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attend]]]
     """Names, and what makes the call."""
     from attnfx.backend import attnfx
 
-    yield "attnfx", lambda: torch.compile(case.eager, backend=attnfx, dynamic=False)
-    if case.flex is not None and device == "cuda":
-        yield "flex", case.flex
-    sdpa = case.sdpa
+    eager = merged(case.eager)
+    yield "attnfx", lambda: torch.compile(eager, backend=attnfx, dynamic=False)
+    flex, sdpa = case.flex, case.sdpa
+    if flex is not None and device == "cuda":
+        yield "flex", lambda: merged(flex())
     if sdpa is not None:
-        yield "sdpa", lambda: sdpa
-    yield "compiled", lambda: torch.compile(case.eager, dynamic=False)
+        yield "sdpa", lambda: merged(sdpa)
+    yield "compiled", lambda: torch.compile(eager, dynamic=False)
+
+
+def merged(attend: Attend) -> Attend:
+    """The attention with its heads side by side again, as the projection behind it takes them: (B, M, H * D)."""
+    return lambda *inputs: attend(*inputs).transpose(1, 2).flatten(2)
 
 
 def run(row: Row, device: str, quick: bool) -> Iterator[Result]:
@@ -44,7 +51,7 @@ def run(row: Row, device: str, quick: bool) -> Iterator[Result]:
     case = row.make(device, quick)
     with torch.no_grad():
         wide = tuple(t.float() if t.is_floating_point() else t for t in case.inputs)
-        truth = (case.truth or case.eager)(*wide).to(torch.bfloat16).float()
+        truth = merged(case.truth or case.eager)(*wide).to(torch.bfloat16).float()
         del wide
     timing.release(device)
     for peer, make in peers(case, device):
