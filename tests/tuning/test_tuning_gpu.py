@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from attnfx.backend import attnfx
+from attnfx.errors import AttnfxWarning
 from attnfx.lowering.tuning import cache, calls, lookup
 from attnfx.lowering.tuning.entries import Comparison, Entry
 
@@ -64,7 +65,10 @@ def remembered() -> dict[str, Any]:
     return cache.load(who)
 
 
-@pytest.mark.parametrize("options", [{"options": {"tune": "search"}}, {"mode": "max-autotune"}], ids=["option", "mode"])
+SEARCHING = [{"options": {"tune": "search"}}, {"mode": "max-autotune-no-cudagraphs"}]
+
+
+@pytest.mark.parametrize("options", SEARCHING, ids=["option", "mode"])
 def test_a_search_is_remembered_and_changes_no_result(options: dict[str, Any]) -> None:
     args = inputs()
     want = [t.clone() for t in results(torch.compile(attend, backend=attnfx), args)]
@@ -72,14 +76,26 @@ def test_a_search_is_remembered_and_changes_no_result(options: dict[str, Any]) -
     torch._dynamo.reset()
     compiled = torch.compile(attend, backend=attnfx, **options)
     with calls.session(calls.Session(30.0)) as session:
-        for _ in range(4):  # with CUDA graphs: the first calls run, one is captured, the others are replayed
-            torch.compiler.cudagraph_mark_step_begin()
+        for _ in range(2):
             got = [t.clone() for t in results(compiled, args)]
     assert {o.kernel for o in session.outcomes} == {"forward", "query_gradient", "key_gradient"}
-    assert all(o.timed > 3 and not o.failure for o in session.outcomes)
+    assert all(o.timed >= 1 and not o.failure for o in session.outcomes)
     found = remembered()
     assert {name.split()[1] for name in found} == {"forward", "query_gradient", "key_gradient"}
     assert all(isinstance(e, Entry) and e.ms <= e.default_ms for e in found.values())
+    assert all(distance(a, b) < 2e-2 for a, b in zip(got, want, strict=True))
+
+
+def test_nothing_is_searched_inside_of_cuda_graphs() -> None:
+    args = inputs()
+    want = [t.clone() for t in results(torch.compile(attend, backend=attnfx), args)]
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=attnfx, mode="max-autotune")
+    with calls.session(calls.Session(30.0)) as session, pytest.warns(AttnfxWarning, match="CUDA graphs"):
+        for _ in range(4):  # the first calls run, one is captured, the others are replayed
+            torch.compiler.cudagraph_mark_step_begin()
+            got = [t.clone() for t in results(compiled, args)]
+    assert session.outcomes == []
     assert all(distance(a, b) < 2e-2 for a, b in zip(got, want, strict=True))
 
 
@@ -97,7 +113,7 @@ def test_workers_compile_what_is_launched(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(triton.knobs.compilation, "listener", listen)
     with calls.session(calls.Session(30.0)) as session, torch.no_grad():
         torch.compile(attend, backend=attnfx, options={"tune": "search", "inner": "eager"})(*inputs())
-    assert session.outcomes[0].timed > 3
+    assert session.outcomes[0].timed >= 1
     assert len(compiled) <= 1
 
 

@@ -177,4 +177,22 @@ def current(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured, or a call is made that takes memory from the pool of one."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.is_current_stream_capturing() or _warming_up(device)
+
+
+def _warming_up(device: torch.device) -> bool:
+    """Whether Inductor runs a graph for the first times, before it captures it: it owns all memory that is taken meanwhile."""
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(torch.cuda.current_device() if device.index is None else device.index, create_if_none_exists=False)
+    if manager is None or not manager.in_warmup:
+        return False
+    text = (
+        "attnfx does not tune an attention inside of Inductor's CUDA graphs; it runs in the shipped configuration, or in the one that "
+        "`attnfx tune` or mode max-autotune-no-cudagraphs found."
+    )
+    warnings.warn(text, AttnfxWarning, stacklevel=3)
+    return True
