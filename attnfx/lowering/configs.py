@@ -77,14 +77,14 @@ class Table:
 HALF: dict[str, Table] = {
     "sm90": Table(
         forward=(Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 32, 8, 2)),
-        query_gradient=(Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3, spills=64), Config(64, 32, 8, 2)),
+        query_gradient=(Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3, spills=64), Config(64, 32, 8, 2)),
         key_gradient=(
-            Config(32, 64, 4, 2),
-            Config(64, 64, 4, 3),
+            Config(32, 64, 4, 3),
+            Config(64, 64, 4, 3, spills=16),
             Config(64, 64, 4, 2, spills=320),
             Config(32, 32, 8, 1, tma=False),
         ),
-        bias=(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+        bias=(Config(32, 32, 4, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 3), Config(32, 32, 8, 1)),
     ),
     "sm80": Table(
         forward=(Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),

@@ -191,8 +191,8 @@ def _warming_up(device: torch.device) -> bool:
     if manager is None or not manager.in_warmup:
         return False
     text = (
-        "attnfx does not tune an attention inside of Inductor's CUDA graphs; it runs in the shipped configuration, or in the one that "
-        "`attnfx tune` or mode max-autotune-no-cudagraphs found."
+        "attnfx does not tune an attention inside of Inductor's CUDA graphs; it runs in the shipped configuration, or in the one "
+        "that `attnfx tune` or mode max-autotune-no-cudagraphs found."
     )
     warnings.warn(text, AttnfxWarning, stacklevel=3)
     return True
