@@ -23,7 +23,7 @@ TRANSCENDENTAL_OPS = frozenset(("exp", "exp2", "log", "sin", "cos", "sqrt", "rsq
 class Costs:
     """Slots. ``near_byte``: of what many tiles share, which the caches hold; ``far_byte``: of what each tile reads of its own from
     device memory (3.35 TB/s against 132 multiprocessors of 128 lanes). ``per_key`` and ``per_query``: how often what depends on
-    one side alone is computed, for each score."""
+    one side alone is computed, for each score. ``matrix``: a multiplication with an addition in a matrix product."""
 
     fma: float = 1.0
     transcendental: float = 8.0
@@ -35,6 +35,7 @@ class Costs:
     far_byte: float = 8.0
     per_key: float = 0.25
     per_query: float = 1 / 16
+    matrix: float = 1 / 16
 
 
 COSTS = Costs()
@@ -71,6 +72,11 @@ def product(costs: Costs = COSTS) -> float:
 def tabulated(near: bool = True, costs: Costs = COSTS) -> float:
     """Reading a number of a table of distances, or of query and key, and adding it to the score."""
     return TABLE_BYTES * (costs.near_byte if near else costs.far_byte) + costs.fma
+
+
+def band(width: int, costs: Costs = COSTS) -> float:
+    """A second product of the scores: for each of them ``width`` multiplications, written and read askew."""
+    return width * costs.matrix + 2 * TABLE_BYTES * costs.near_byte + costs.fma
 
 
 def bytes_read(e: Expr, costs: Costs = COSTS) -> float:

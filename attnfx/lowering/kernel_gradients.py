@@ -44,7 +44,7 @@ def backward(
             total = portable.of_rows(result.out, grad_out, grad_lse, torch.float32)
             for axis, shared in ((0, g.batch_broadcast), (1, g.head_broadcast)):
                 total = total.sum(axis, keepdim=True) if shared else total
-        else:
+        elif g.kind in flash.BIAS_KINDS:
             total = flash.bias_gradient(
                 program, q, k, v, result.out, residuals, grad_out, tensors, numbers, kind=g.kind, batch_broadcast=g.batch_broadcast,
                 head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed,

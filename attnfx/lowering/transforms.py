@@ -30,7 +30,13 @@ def vmap_attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     """The vmap rule of ``attnfx::attention``: (query, key, value, loads, sizes, plan), mapped anywhere in q, k, v or the loads."""
     plan = KernelPlan.from_json(args[5])
     named = any(INDEX["b"] in expr.symbols(e) for e in (plan.site.score, plan.site.keep, *(t.recipe for t in plan.tables)))
-    if named or any(d is not None for d in tree_leaves(in_dims[3])) or plan.site.dropout > 0.0 or plan.symbols:
+    if (
+        named
+        or plan.site.band is not None
+        or any(d is not None for d in tree_leaves(in_dims[3]))
+        or plan.site.dropout > 0.0
+        or plan.symbols
+    ):
         return mapped.looped("attention")(info, in_dims, *args)
     return _folded(torch.ops.attnfx.attention, info.batch_size, in_dims, args)
 
