@@ -71,14 +71,31 @@ def slots(site: AttentionSite) -> tuple[int, ...]:
     return (len(site.side) - 1,) if band.left is None else (band.left, len(site.side) - 1)
 
 
+#: The left operand (None: the queries) and its strides, the window and its strides of batch and head (0 for what shares
+#: one), distance and width, the factor: what the kernels are given.
+Arguments = tuple[Tensor | None, tuple[int, ...] | None, Tensor, tuple[int, ...], float]
+
+
+def arguments(site: AttentionSite, loads: Sequence[Tensor]) -> Arguments | None:
+    """What the kernels are given of the band of a plan's site; None without one."""
+    band = site.band
+    if band is None:
+        return None
+    left, window = None if band.left is None else loads[band.left], loads[-1]
+    strides = tuple(0 if n == 1 else s for n, s in zip(window.shape[:2], window.stride()[:2], strict=True))
+    return left, None if left is None else left.stride(), window, (*strides, *window.stride()[2:]), band.factor
+
+
 def objections(site: AttentionSite, family: str) -> tuple[str, ...]:
     """Why the band of a site has no plan, one sentence each."""
     band = site.band
     if band is None:
         return ()
     found = list(band.objections)
-    if family == "flash":
-        found.append("the scores hold a second product, of the queries and a vector of each distance; the flash kernels have one.")
+    if family == "flash" and band.width != site.head_dim:
+        found.append(
+            f"a second product has the width {band.width} and the first {site.head_dim}; the flash kernels take equal ones."
+        )
     if any(site.side[s].dtype != site.dtype for s in band.slots):
         found.append("the tensors of a second product have another dtype than the queries.")
     return tuple(found)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode
+from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target, run
+from attnfx.lowering.operands import check
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
-from attnfx.lowering.templates.flash_backward import flash_delta, flash_key_gradient, flash_query_gradient
+from attnfx.lowering.templates.delta import flash_delta
+from attnfx.lowering.templates.flash_backward import flash_key_gradient, flash_query_gradient
 from attnfx.lowering.templates.flash_forward import flash_forward
 
 
@@ -93,14 +96,15 @@ def forward(
     seed: Tensor | None = None,
     config: Config | None = None,
     blocks: Tensor | None = None,
+    band: Band | None = None,
 ) -> tuple[Tensor, Residuals]:
     """O (B,H,M,DV) in v's dtype, laid out (B,M,H,DV), and the residuals, from q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV).
 
     Any strides; H a multiple of HK; head dimensions 1 to 256; one dtype of fp16, bf16, fp32. `seed` is an int64 tensor
-    of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`). Raises
-    ValueError for what the kernels do not carry.
+    of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`); `band` is
+    added to the dots (`bands.py`). Raises ValueError for what the kernels do not carry.
     """
-    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, blocks=blocks)
+    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, band is not None, blocks)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
@@ -110,7 +114,7 @@ def forward(
         residuals.row_sum.fill_(-1.0)
         residuals.degenerate.fill_(1)
         return out, residuals
-    if config is None and program.weight is None and decode.serves(launch.m, launch.n):
+    if config is None and program.weight is None and band is None and decode.serves(launch.m, launch.n):
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
@@ -118,7 +122,7 @@ def forward(
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
-            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, KV_RANGE=program.kv_range,
+            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, band, KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
             TMA=tma, LISTS=blocks is not None, **launch.even, **launch.switches,
         )  # fmt: skip
@@ -143,19 +147,23 @@ def backward(
     key_config: Config | None = None,
     row_blocks: Tensor | None = None,
     key_blocks: Tensor | None = None,
+    band: Band | None = None,
+    grad_left: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous and in their dtypes, from forward's results and dO (B,H,M,DV), any strides.
 
     `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero; `row_blocks`, `key_blocks` list the tiles that the mask
-    keeps, by rows and by keys. Deterministic: no atomics.
+    keeps, by rows and by keys. `grad_left`, contiguous, takes the gradient of the rows of a `band` that are not the queries.
+    Deterministic: no atomics.
     """
-    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, blocks=row_blocks)
+    square = band is not None
+    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, square, row_blocks)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
         for grad in grads:
             grad.zero_()
         return grads
-    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, blocks=key_blocks)
+    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, square, key_blocks)
     grad_q, grad_k, grad_v = grads
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
@@ -163,14 +171,14 @@ def backward(
         stats = _statistics(rows, out, residuals, grad_out, grad_lse)
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
-            SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
+            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists, band,
+            grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
             LISTS=row_blocks is not None, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
-            SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
+            band, SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
             LISTS=key_blocks is not None, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
@@ -200,6 +208,7 @@ def bias_gradient(
     seed: Tensor | None = None,
     config: Config | None = None,
     blocks: Tensor | None = None,
+    band: Band | None = None,
 ) -> Tensor:
     """Gradient, fp32, of a side tensor that is added with weight 1 to the natural logits, or to the raw dots if `inside`;
     BB is 1 or B, BH is 1 or H; `blocks` lists the tiles that the mask keeps, by rows.
@@ -210,7 +219,8 @@ def bias_gradient(
     Deterministic: no atomics.
     """
     kernel: dict[str, Kernel] = {"tile": "tile_bias", "column": "column_bias", "diagonal": "diagonal_bias"}
-    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, kind == "diagonal", blocks)
+    square = kind == "diagonal" or band is not None
+    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, square, blocks)
     m, n, block = launch.m, launch.n, launch.config.block_n
     row_tiles, key_tiles = -(-m // launch.config.block_m), -(-n // block)
     owners = 1 if batch_broadcast else launch.batch, 1 if head_broadcast else launch.heads
@@ -227,7 +237,7 @@ def bias_gradient(
         stats = _statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
-            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
+            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, band,
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
             SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip
@@ -287,7 +297,7 @@ class _Launch:
         square: bool = False,
         blocks: Tensor | None = None,
     ) -> _Launch:
-        _check(q, k, v, dropout_p, seed)
+        check(q, k, v, dropout_p, seed)
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
         group = heads // max(k.shape[1], 1)
         exact = program.exact_rows
@@ -374,21 +384,3 @@ class _Launch:
             return Residuals(lse, none, none.clone(), self.like.new_empty(0, dtype=torch.int32))
         flags = self.like.new_zeros(shape[:2], dtype=torch.int32)
         return Residuals(lse, torch.empty_like(lse), torch.empty_like(lse), flags)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: Tensor | None) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions; the flash kernels take 4 each")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; supported: one of float16, bfloat16, float32")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads over {k.shape[1]} key heads; supported: a multiple")
-    for name, size in (("head_dim", q.shape[3]), ("value dim", v.shape[3])):
-        if not 1 <= size <= 256:
-            raise ValueError(f"{name} is {size}; supported: 1 to 256")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; supported: 0 to 1")
-    if dropout_p > 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError("dropout needs a seed: an int64 tensor of one element")

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash, portable
+from attnfx.lowering import bands, codegen, flash, portable
 from attnfx.lowering.gradients import to_layout
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import Result
+from attnfx.lowering.window_gradient import window_gradient
 
 
 def backward(
@@ -33,10 +34,11 @@ def backward(
     numbers = codegen.ints(plan, values, loads)
     program, tensors = codegen.program_of(text), codegen.pointers(plan, loads)
     residuals = flash.Residuals(result.lse, result.row_max, result.row_sum, result.degenerate)
-    dropout = plan.site.dropout
+    dropout, band = plan.site.dropout, bands.arguments(plan.site, loads)
+    grad_left = None if band is None or band[0] is None else q.new_empty(q.shape)
     found = flash.backward(
         program, q, k, v, result.out, residuals, grad_out, tensors, numbers, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
-        row_blocks=row_blocks, key_blocks=key_blocks,
+        row_blocks=row_blocks, key_blocks=key_blocks, band=band, grad_left=grad_left,
     )  # fmt: skip
     grads = list(found)
     for g in plan.gradients:
@@ -48,7 +50,16 @@ def backward(
             total = flash.bias_gradient(
                 program, q, k, v, result.out, residuals, grad_out, tensors, numbers, kind=g.kind, batch_broadcast=g.batch_broadcast,
                 head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed,
-                inside=g.inside, blocks=row_blocks,
+                inside=g.inside, blocks=row_blocks, band=band,
             )  # fmt: skip
+        elif g.kind == "window":
+            assert band is not None
+            total = window_gradient(
+                program, q, k, v, result.out, residuals, grad_out, tensors, numbers, band, batch_broadcast=g.batch_broadcast,
+                head_broadcast=g.head_broadcast, grad_lse=grad_lse, dropout_p=dropout, seed=seed, blocks=row_blocks,
+            )  # fmt: skip
+        else:
+            assert grad_left is not None
+            total = grad_left
         grads.append(to_layout(g, total, loads[g.slot], values))
     return grads

@@ -124,8 +124,9 @@ def _forward(
     tensors = codegen.pointers(plan, loads)
     walked = row_blocks if blocks.worthwhile(q.shape[2], k.shape[2]) else None
     out, r = flash.forward(
-        codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked
-    )
+        codegen.program_of(text), q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked,
+        band=bands.arguments(plan.site, loads),
+    )  # fmt: skip
     return portable.Result(out, r.lse, r.row_max, r.row_sum, r.degenerate)
 
 

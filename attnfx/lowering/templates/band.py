@@ -1,0 +1,97 @@
+"""Bands in a tile: the product of each row with the vector of each distance, and what its gradient sends back.
+
+Tiles are square, [B, B]. A tile that begins at row i and key j meets the distances j - i - B + 1 to j - i + B - 1, which two blocks
+of B vectors hold, the lower from j - i - B and the upper from j - i on. Row r finds column c at place (c - r) mod B: of the upper
+block where r <= c, of the lower one else.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from attnfx.lowering.templates.tiles import column_pointers, head_base, load_tile, row_pointers
+
+
+@triton.jit
+def band_rows(band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What a tile of rows needs: (rows [BLOCK, BLOCK_D], pointers [BLOCK_D, BLOCK] to the first vectors, their step, the place of
+    the first row's own position, how many vectors there are, the factor). None without a band.
+
+    `band` = (left or None, its strides, window, its strides, factor); without a left tensor the queries are multiplied.
+    """
+    rows = None
+    if band is not None:
+        left, left_strides, window, strides, factor = band
+        offs = tl.arange(0, BLOCK)
+        offs_d = tl.arange(0, BLOCK_D)
+        tile = q_tile
+        if left is not None:
+            base = head_base(left, left_strides, b, h) + tl.cast(i_first, tl.int64) * left_strides[2]
+            tile = load_tile(row_pointers(base, left_strides, offs, offs_d), row_ok, d_ok, True, True)
+        pointers = column_pointers(head_base(window, strides, b, h), strides, offs, offs_d)
+        rows = (tile, pointers, strides[2], M - 1 - i_first, M + N - 1, factor)
+    return rows
+
+
+@triton.jit
+def band_block(rows, start, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_D, BLOCK]: the vectors that the first row meets at keys from `start` on, zero where there are none."""
+    tile, pointers, step, own, count, _ = rows
+    places = own + start + tl.arange(0, BLOCK)
+    there = ((places >= 0) & (places < count))[None, :]
+    d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
+    block = load_tile(pointers + tl.cast(own + start, tl.int64) * step, there, d_ok, True, D != BLOCK_D)
+    return block.to(tile.dtype)
+
+
+@triton.jit
+def band_products(rows, start, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """[BLOCK, BLOCK]: the rows times the block from `start` on, as the model rounds it."""
+    found = tl.dot(rows[0], band_block(rows, start, D, BLOCK, BLOCK_D), input_precision=PRECISION)
+    return (found * rows[5]).to(rows[0].dtype)
+
+
+@triton.jit
+def band_scores(rows, start, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """[BLOCK, BLOCK] fp32: what the band adds to the dots of keys from `start` on."""
+    upper = band_products(rows, start, D, BLOCK, BLOCK_D, PRECISION)
+    return turned(upper, band_products(rows, start - BLOCK, D, BLOCK, BLOCK_D, PRECISION), BLOCK)
+
+
+@triton.jit
+def turned(upper, lower, BLOCK: tl.constexpr):
+    """Products with both blocks as scores, fp32: row r turned by r."""
+    r = tl.arange(0, BLOCK)[:, None]
+    x = tl.arange(0, BLOCK)[None, :]
+    return tl.gather(tl.where(x < BLOCK - r, upper, lower), (x - r) & (BLOCK - 1), 1).to(tl.float32)
+
+
+@triton.jit
+def band_columns(rows, start, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """`band_scores` transposed, [keys, rows]."""
+    tile = tl.trans(rows[0])
+    upper = tl.dot(tl.trans(band_block(rows, start, D, BLOCK, BLOCK_D)), tile, input_precision=PRECISION)
+    lower = tl.dot(tl.trans(band_block(rows, start - BLOCK, D, BLOCK, BLOCK_D)), tile, input_precision=PRECISION)
+    x = tl.arange(0, BLOCK)[:, None]
+    r = tl.arange(0, BLOCK)[None, :]
+    mixed = (tl.where(x < BLOCK - r, upper, lower) * rows[5]).to(tile.dtype)
+    return tl.gather(mixed, (x - r) & (BLOCK - 1), 0).to(tl.float32)
+
+
+@triton.jit
+def turned_back(rows, ds, BLOCK: tl.constexpr):
+    """(upper, lower) [BLOCK, BLOCK]: the gradient of the products with both blocks from that of the dots."""
+    r = tl.arange(0, BLOCK)[:, None]
+    x = tl.arange(0, BLOCK)[None, :]
+    straight = tl.gather((ds * rows[5]).to(rows[0].dtype), (x + r) & (BLOCK - 1), 1)
+    above = x < BLOCK - r
+    zero = tl.zeros([BLOCK, BLOCK], rows[0].dtype)
+    return tl.where(above, straight, zero), tl.where(above, zero, straight)
+
+
+@triton.jit
+def band_row_gradient(acc, rows, ds, start, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [BLOCK, BLOCK_D] += the gradient of the rows from that of the dots of keys from `start` on."""
+    upper, lower = turned_back(rows, ds, BLOCK)
+    acc = tl.dot(upper, tl.trans(band_block(rows, start, D, BLOCK, BLOCK_D)), acc, input_precision=PRECISION)
+    return tl.dot(lower, tl.trans(band_block(rows, start - BLOCK, D, BLOCK, BLOCK_D)), acc, input_precision=PRECISION)
