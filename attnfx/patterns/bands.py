@@ -18,6 +18,7 @@ from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Int, Load, Score
 from attnfx.facts import Facts
 from attnfx.mirror import Mirror, sizes
+from attnfx.nodes import has_score
 from attnfx.patterns.axes import Extents, Operand, history, rooted, understood
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.contraction import contraction
@@ -80,7 +81,8 @@ def banded(z: Expr, setting: Setting) -> tuple[Expr, Found] | None:
         parts = list(summands(node))
         unit = sum(c for part, c in parts if isinstance(part, Score))
         outside = expr.rebuild(z, lambda n, node=node: expr.ONE if n == node else None)  # type: ignore[misc]
-        if not unit or any(isinstance(n, Score) for n in expr.walk(outside)):
+        mixed = any(has_score(part) for part, _ in parts if not isinstance(part, Score))
+        if not unit or mixed or has_score(outside):
             continue
         for part, c, rest in _candidates(node, parts):
             products = [n for n in expr.walk(part) if isinstance(n, Load) and isinstance(n.slot, Dot)]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from band_sites import examples as band_examples
 from lowering_sites import (
     HEADS,
     KEYS,
@@ -47,7 +48,7 @@ def attention(s: AttentionSite, q: Tensor, k: Tensor, v: Tensor, loads: Sequence
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-5)], ids=["float64", "float32"])
-@pytest.mark.parametrize("example", list(examples()), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [*examples(), *band_examples()], ids=lambda e: e.name)
 def test_output_and_gradients_are_the_reference(example: Example, dtype: torch.dtype, tolerance: float) -> None:
     q, k, v = inputs(example.site, dtype)
     loads = example.loads(dtype)

@@ -157,12 +157,20 @@ def twice(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return weighted(torch.where(later(n), scores, scores + (q @ table.T).gather(-1, at)), v)
 
 
-@pytest.mark.parametrize("model", [unmasked, softly_masked, of_places, of_keys, outside_of_the_cap, twice])
+def beside_a_cap(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """A part of the scores is without the product."""
+    n = q.shape[2]
+    at = (torch.arange(n)[:, None] - torch.arange(n) + n - 1).expand(*q.shape[:2], n, n)
+    scores = q @ k.transpose(-1, -2)
+    return weighted(torch.tanh(scores) + scores + (q @ table.T).gather(-1, at), v)
+
+
+@pytest.mark.parametrize("model", [unmasked, softly_masked, of_places, of_keys, outside_of_the_cap, twice, beside_a_cap])
 def test_what_is_no_band_is_data(model: Callable[..., Tensor]) -> None:
     n = 12
     rows = n if model in (unmasked, softly_masked, of_places) else 2 * n - 1
     tensors = Spelling(model, lambda n: heads(n, rows)).tensors(n)
-    tensors = [t.detach() for t in tensors] if model is twice else tensors
+    tensors = [t.detach() for t in tensors] if model in (twice, beside_a_cap) else tensors
     assert band_of(compared(model, tensors)) is None
 
 
