@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode
+from attnfx.lowering.band_launch import launched
 from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
@@ -122,7 +123,8 @@ def forward(
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
-            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, band, KV_RANGE=program.kv_range,
+            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launch.second(band),
+            KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
             TMA=tma, LISTS=blocks is not None, **launch.even, **launch.switches,
         )  # fmt: skip
@@ -171,14 +173,14 @@ def backward(
         stats = _statistics(rows, out, residuals, grad_out, grad_lse)
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists, band,
-            grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
+            k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
+            *rows.second(band), grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
             LISTS=row_blocks is not None, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
-            band, SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
+            *keys.second(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
             LISTS=key_blocks is not None, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
@@ -237,7 +239,8 @@ def bias_gradient(
         stats = _statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
-            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, band,
+            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
+            *launch.second(band),
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
             SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip
@@ -349,6 +352,10 @@ class _Launch:
         tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
         described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
         return *described, *([grad_out] if grad_out is None else []), True
+
+    def second(self, band: Band | None) -> tuple[Any, Any, Any]:
+        """What the kernels are given of a band."""
+        return launched(band, self.config, recorded_target() or target_of(self.like.device))
 
     @property
     def even(self) -> dict[str, bool]:

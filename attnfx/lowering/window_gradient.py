@@ -50,7 +50,8 @@ def window_gradient(
         stats = _statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_window_gradient, (slots * owners[0] * owners[1] * parts,), q, k, v, grad_out, grad, stats, launch.seed,
-            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, parts, band,
+            q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, parts,
+            *launch.second(band),
             SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, BATCH_BROADCAST=batch_broadcast,
             HEAD_BROADCAST=head_broadcast, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip

@@ -6,7 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lowering_sites import BATCH, HEADS, KEYS, MIN32, QUERIES, SCALED, B, Example, H, I, J, causal, load, padding, side, site, window
+from lowering_sites import (
+    BATCH,
+    HEADS,
+    KEYS,
+    MIN32,
+    QUERIES,
+    SCALED,
+    B,
+    Example,
+    H,
+    I,
+    J,
+    causal,
+    load,
+    padding,
+    side,
+    site,
+    window,
+)
 from torch import Tensor
 
 from attnfx import expr
@@ -69,7 +87,9 @@ def examples() -> Iterator[Example]:
     yield example("band in a softcap", banded(expr.call("tanh", SCALED) * 2.0, causal(16)))
     for additive in (False, True):
         more: dict[str, Any] = {"fill": -1e9 if additive else MIN32, "additive": additive, "empty_rows": "fill"}
-        yield example(f"band, rows without keys, {'added' if additive else 'replaced'}", banded(keep=causal(-16), left=True, **more))
+        yield example(
+            f"band, rows without keys, {'added' if additive else 'replaced'}", banded(keep=causal(-16), left=True, **more)
+        )
     padded = expr.logical_and(causal(16), load(0, B, J, dtype=torch.bool))
     mask = side(BATCH, KEYS, dtype=torch.bool)
     yield example("band, padded", banded(keep=padded, before=(mask,), empty_rows="zero"), lambda dtype: padding(True))
@@ -81,4 +101,3 @@ def examples() -> Iterator[Example]:
     yield example("band, long", long)
     few = banded(row=Int(J.value - I.value + 2), shape=(1, HEADS, 90), queries=3, keys=88)
     yield example("band, few queries", few)
-

@@ -31,6 +31,8 @@ def flash_bias_gradient(
     dropout_p,
     blocks,
     batches,
+    left,
+    window,
     band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
@@ -121,14 +123,14 @@ def flash_bias_gradient(
             if visit:
                 acc += tile_gradient(
                     q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group,
-                    M, N, noise, loads, ints, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, D,
-                    DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                    M, N, noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
+                    EXACT_ROWS, DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
         else:
             acc += tile_gradient(
-                q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads,
-                group, M, N, noise, loads, ints, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group, M, N,
+                noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
+                DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
@@ -176,6 +178,8 @@ def tile_gradient(
     noise,
     loads,
     ints,
+    left,
+    window,
     band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
@@ -219,7 +223,7 @@ def tile_gradient(
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
     dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
     if band is not None:
-        second = band_rows(band, q_tile, b, h, i_first, row_ok, d_ok[None, :], M, N, BLOCK_N, BLOCK_D)
+        second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok[None, :], M, N, BLOCK_N, BLOCK_D)
         dot += band_scores(second, j_first, D, BLOCK_N, BLOCK_D, PRECISION)
     i = tl.minimum(offs_m, M - 1)[:, None]
     j = tl.minimum(offs_n, N - 1)[None, :]

@@ -32,6 +32,8 @@ def flash_query_gradient(
     N,
     dropout_p,
     blocks,
+    left,
+    window,
     band,
     grad_left,
     SCORE: tl.constexpr,
@@ -93,7 +95,7 @@ def flash_query_gradient(
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
 
     i_first = tile * BLOCK_M
-    second = band_rows(band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
+    second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
     beside = None
     if grad_left is not None:
         beside = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -222,6 +224,8 @@ def flash_key_gradient(
     N,
     dropout_p,
     blocks,
+    left,
+    window,
     band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
@@ -289,15 +293,15 @@ def flash_key_gradient(
         grads = row_stream(grad_o, grad_o_strides, b, h, offs_m, offs_dv, TMA)
         if KEEP is None or Q_RANGE is not None or LISTS:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, band, grads, stats, j_first, N, full[0], full[1], full[2], full[3], j, M, at,
-                noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV,
-                BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, full[0], full[1], full[2], full[3],
+                j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, band, grads, stats, j_first, N, masked[0], masked[1], masked[2], masked[3], j, M,
-                at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV,
-                BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, masked[0], masked[1], masked[2],
+                masked[3], j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
+                DROPOUT, True, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
             )  # fmt: skip
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
     tl.store(k_out, dk.to(grad_k.dtype.element_ty), mask=key_ok & d_ok)
@@ -312,6 +316,8 @@ def _visit_rows(
     k_tile,
     v_tile,
     queries,
+    left,
+    window,
     band,
     grads,
     stats,
@@ -367,7 +373,7 @@ def _visit_rows(
         statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
         dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         if band is not None:
-            second = band_rows(band, q_tile, b, h, start, row_ok[:, None], d_ok, M, N, BLOCK_M, BLOCK_D)
+            second = band_rows(left, window, band, q_tile, b, h, start, row_ok[:, None], d_ok, M, N, BLOCK_M, BLOCK_D)
             dot += band_columns(second, j_first, D, BLOCK_M, BLOCK_D, PRECISION)
         weights, live = softmax_weights(
             dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,

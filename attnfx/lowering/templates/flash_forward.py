@@ -41,6 +41,8 @@ def flash_forward(
     N,
     dropout_p,
     blocks,
+    left,
+    window,
     band,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -104,7 +106,7 @@ def flash_forward(
     values = row_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
 
     i_first = tile * BLOCK_M
-    second = band_rows(band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
+    second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
     full, masked = walks(i_first, i_last, N, ints, blocks, b, h, KV_RANGE, KEEP, BLOCK_N, LISTS)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -32,6 +32,8 @@ def flash_window_gradient(
     blocks,
     batches,
     parts,
+    left,
+    window,
     band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
@@ -108,8 +110,8 @@ def flash_window_gradient(
         if visit:
             upper, lower = _add_tile(
                 upper, lower, q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
-                heads, group, M, N, noise, loads, ints, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
-                DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                heads, group, M, N, noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
+                EXACT_ROWS, DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)
@@ -143,6 +145,8 @@ def _add_tile(
     noise,
     loads,
     ints,
+    left,
+    window,
     band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
@@ -164,8 +168,8 @@ def _add_tile(
     """The sums [BLOCK_N, BLOCK_D] of both blocks of vectors with what the tile at (i_first, j_first) adds to them."""
     ds = tile_gradient(
         q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group, M, N, noise,
-        loads, ints, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, D, DV, BLOCK_M, BLOCK_N,
-        BLOCK_D, BLOCK_DV, PRECISION,
+        loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, D, DV,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b = tl.cast(b, tl.int32)
     h = tl.cast(h, tl.int32)
@@ -175,7 +179,7 @@ def _add_tile(
     d_ok = (offs_d < D)[None, :]
     row_ok = (offs_m < M)[:, None]
     q_tile = load_tile(queries, row_ok, d_ok, True, D != BLOCK_D)
-    rows = band_rows(band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
+    rows = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
     above, below = turned_back(rows, ds, BLOCK_N)
     upper = tl.dot(tl.trans(above), rows[0], upper, input_precision=PRECISION)
     lower = tl.dot(tl.trans(below), rows[0], lower, input_precision=PRECISION)
