@@ -16,6 +16,6 @@ def launched(band: Arguments | None, config: Config, target: str) -> tuple[Any, 
         return None, None, None
     left, left_strides, window, strides, factor = band
     if config.tma and all(serves(target, x) for x in (left, window) if x is not None):
-        tiles = [None if x is None else describe(x, config.block_n, padded(x.shape[3])) for x in (left, window)]
-        return *tiles, (left_strides, strides, 1, factor)
+        of_left, of_window = (None if x is None else describe(x, config.block_n, padded(x.shape[3])) for x in (left, window))
+        return of_left, of_window, (left_strides, strides, 1, factor)
     return left, window, (left_strides, strides, None, factor)
