@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode
-from attnfx.lowering.band_launch import launched
+from attnfx.lowering.band_launch import launched, suited
 from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
@@ -105,7 +105,7 @@ def forward(
     of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`); `band` is
     added to the dots (`bands.py`). Raises ValueError for what the kernels do not carry.
     """
-    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, band is not None, blocks)
+    launch = _Launch.of("forward", program, q, k, v, loads, ints, dropout_p, seed, config, False, blocks, band is not None)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
@@ -158,14 +158,14 @@ def backward(
     keeps, by rows and by keys. `grad_left`, contiguous, takes the gradient of the rows of a `band` that are not the queries.
     Deterministic: no atomics.
     """
-    square = band is not None
-    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, square, row_blocks)
+    second = band is not None
+    rows = _Launch.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, False, row_blocks, second)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
         for grad in grads:
             grad.zero_()
         return grads
-    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, square, key_blocks)
+    keys = _Launch.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, False, key_blocks, second)
     grad_q, grad_k, grad_v = grads
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
@@ -221,8 +221,8 @@ def bias_gradient(
     Deterministic: no atomics.
     """
     kernel: dict[str, Kernel] = {"tile": "tile_bias", "column": "column_bias", "diagonal": "diagonal_bias"}
-    square = kind == "diagonal" or band is not None
-    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, square, blocks)
+    square, second = kind == "diagonal", band is not None
+    launch = _Launch.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, square, blocks, second)
     m, n, block = launch.m, launch.n, launch.config.block_n
     row_tiles, key_tiles = -(-m // launch.config.block_m), -(-n // block)
     owners = 1 if batch_broadcast else launch.batch, 1 if head_broadcast else launch.heads
@@ -299,6 +299,7 @@ class _Launch:
         config: Config | None,
         square: bool = False,
         blocks: Tensor | None = None,
+        second: bool = False,
     ) -> _Launch:
         check(q, k, v, dropout_p, seed)
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
@@ -308,6 +309,8 @@ class _Launch:
         usual = default(kernel, q.dtype, d, dv, target)
         if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target)
+        if second:
+            usual, square = suited(kernel, q.dtype, d, dv, target), True
         chosen = config or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
             chosen = listed(kernel, chosen, target)

@@ -37,7 +37,7 @@ def window_gradient(
 ) -> Tensor:
     """(BB,BH,M+N-1,D) fp32, BB being 1 or B and BH 1 or H: the gradient of the window of ``band``; the other arguments are those of
     :func:`attnfx.lowering.flash.bias_gradient`. Deterministic: no atomics."""
-    launch = _Launch.of("diagonal_bias", program, q, k, v, loads, ints, dropout_p, seed, None, True, blocks)
+    launch = _Launch.of("diagonal_bias", program, q, k, v, loads, ints, dropout_p, seed, None, True, blocks, True)
     owners = 1 if batch_broadcast else launch.batch, 1 if head_broadcast else launch.heads
     m, n, block = launch.m, launch.n, launch.config.block_n
     if launch.empty:

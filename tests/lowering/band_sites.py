@@ -39,9 +39,16 @@ PLACE = Int(J.value - I.value + QUERIES - 1)
 
 
 def banded(
-    score: Expr = SCALED, keep: Expr = expr.TRUE, *, row: Expr = PLACE, left: bool = False,
-    shape: tuple[int, ...] = (1, HEADS, LENGTH), before: tuple[SideTensor, ...] = (), band: dict[str, Any] | None = None, **changes: Any,
-) -> Any:  # fmt: skip
+    score: Expr = SCALED,
+    keep: Expr = expr.TRUE,
+    *,
+    row: Expr = PLACE,
+    left: bool = False,
+    shape: tuple[int, ...] = (1, HEADS, LENGTH),
+    before: tuple[SideTensor, ...] = (),
+    band: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
     """A site whose last side tensors are those of a band: its rows, where they are not the queries, and its vectors."""
     first = len(before)
     more = (side(BATCH, HEADS, QUERIES, WIDTH, grad=True),) if left else ()

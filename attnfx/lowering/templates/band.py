@@ -84,11 +84,12 @@ def band_columns(rows, start, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.
     """`band_scores` transposed, [keys, rows]."""
     tile = tl.trans(rows[0])
     upper = tl.dot(band_block(rows, start, D, BLOCK, BLOCK_D), tile, input_precision=PRECISION)
+    upper = (upper * rows[8]).to(tile.dtype)
     lower = tl.dot(band_block(rows, start - BLOCK, D, BLOCK, BLOCK_D), tile, input_precision=PRECISION)
+    lower = (lower * rows[8]).to(tile.dtype)
     x = tl.arange(0, BLOCK)[:, None]
     r = tl.arange(0, BLOCK)[None, :]
-    mixed = (tl.where(x < BLOCK - r, upper, lower) * rows[8]).to(tile.dtype)
-    return tl.gather(mixed, (x - r) & (BLOCK - 1), 0).to(tl.float32)
+    return tl.gather(tl.where(x < BLOCK - r, upper, lower), (x - r) & (BLOCK - 1), 0).to(tl.float32)
 
 
 @triton.jit

@@ -371,10 +371,12 @@ def _visit_rows(
         grad_tile = row_tile(grads, start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
         lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_i, M, EXACT_ROWS and MASKED, MASKED)
         statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
-        dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         if band is not None:
             second = band_rows(left, window, band, q_tile, b, h, start, row_ok[:, None], d_ok, M, N, BLOCK_M, BLOCK_D)
-            dot += band_columns(second, j_first, D, BLOCK_M, BLOCK_D, PRECISION)
+            beside = band_columns(second, j_first, D, BLOCK_M, BLOCK_D, PRECISION)
+            dot = tl.dot(k_tile, tl.trans(q_tile), beside, input_precision=PRECISION)
+        else:
+            dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weights, live = softmax_weights(
             dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,
         )  # fmt: skip
