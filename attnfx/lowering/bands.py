@@ -7,11 +7,13 @@ its gradient back to the vectors themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import sympy
 import torch
 from torch import Tensor
 
+from attnfx import expr
 from attnfx.band import Band, I, J, distances, window
 from attnfx.expr import Int
 from attnfx.lowering.gradients import BiasGradient
@@ -46,6 +48,13 @@ def build(site: AttentionSite, loads: Sequence[Tensor], queries: int, keys: int,
     # an oracle computes in float64 what the plan has in float32
     wide = right.to(dtype) if dtype == torch.float32 and right.dtype in _HALVES else right
     return window(site.band, wide, queries, keys, values)
+
+
+def from_window(site: AttentionSite, queries: int) -> AttentionSite:
+    """A plan's site whose band reads its vectors from the window."""
+    if site.band is None:
+        return site
+    return site.replace(band=replace(site.band, right=len(site.side) - 1, row=Int(J - I + queries - 1), keep=expr.TRUE))
 
 
 def gradients(site: AttentionSite) -> tuple[BiasGradient, ...]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from attnfx import expr
 from attnfx.evaluate import attention as plain_attention
 from attnfx.expr import INDEX
-from attnfx.lowering import mapped
+from attnfx.lowering import bands, mapped
 from attnfx.lowering.plan import KernelPlan
 
 #: The arguments of ``attnfx::flash_backward`` before the lists of tiles, which may be left out; the two gradients are the last.
@@ -101,7 +101,8 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 def _plain(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     values = plan.values(sizes, k.shape[2], loads)
     q, k, v = (t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v))
-    return plain_attention(plan.site, q, k, v, loads, [values[s] for s in plan.site.symbols])[0]
+    site = bands.from_window(plan.site, q.shape[2])
+    return plain_attention(site, q, k, v, loads, [values[s] for s in site.symbols])[0]
 
 
 def _grad(followed: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor], again: bool) -> tuple[Tensor | None, ...]:
