@@ -255,7 +255,8 @@ def _decided(
         decision, objection = decided(match), None
     except Objection as raised:
         decision, objection = None, raised
-    if (decision is None or decision.kernel is None) and any(t.requires_grad for t in match.site.side):
+    plainer = match.band is not None or any(t.requires_grad for t in match.site.side)
+    if (decision is None or decision.kernel is None) and plainer:
         for other in patterns.plainer(mirror, match):
             try:
                 found = decided(other)
@@ -290,14 +291,11 @@ def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
             query, key, loads = laid_beside(splicer, decision.beside, query, key, loads)
         if isinstance(kernel, KernelPlan):
             sizes = [splicer.number(s) for s in kernel.symbols]
-            apart = (
-                site.sink,
-                site.weight,
-                kernel.shift,
-                *(t.recipe for t in kernel.tables),
-            )  # torch's own operations around the kernel
+            # torch's own operations around the kernel
+            apart = (site.sink, site.weight, kernel.shift, *(t.recipe for t in kernel.tables))
             rows = [n for e in apart if e is not None for n in walk(e)]
             planned = {g.slot for g in kernel.gradients} | {n.slot for n in rows if isinstance(n, Load)}
+            planned |= set() if site.band is None else set(site.band.slots)
             given = [  # what is only compared with something gets no gradient, as in the model
                 splicer.call(torch.ops.aten.detach.default, load) if side.requires_grad and slot not in planned else load
                 for slot, (side, load) in enumerate(zip(site.side, loads, strict=True))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import sympy
 import torch
 
-from attnfx import expr
+from attnfx import band, expr
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
 from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 
@@ -197,6 +197,8 @@ def attention(
     grid = grid_of(q.shape[0], heads, range(q.shape[2]), range(k.shape[2]), q.device)
     values = dict(zip(site.symbols, sizes, strict=True))
     dots = q @ k.transpose(-1, -2)
+    if site.band is not None:
+        dots = dots + band.dense(site.band, q, k.shape[2], loads, values)
     z = evaluate(site.score, grid, loads, values, score=dots, dtype=q.dtype, clamp=True).expand(dots.shape)
     keep = evaluate(site.keep, grid, loads, values, clamp=True).expand(dots.shape)
     z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)) if site.additive else z.masked_fill(~keep, site.fill)

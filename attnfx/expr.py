@@ -199,7 +199,15 @@ def where(condition: Expr, a: Expr, b: Expr, dtype: torch.dtype | None = None) -
         if isinstance(a, Const):
             return logical_or(condition, b) if a.value else logical_and(logical_not(condition), b)
         return logical_or(logical_not(condition), a) if is_number(b, 1) else logical_and(condition, a)
+    a, b = _decided(a, condition, logical_not(condition)), _decided(b, logical_not(condition), condition)
     return a if a == b else Call("where", (condition, a, b), dtype or promote(a, b))
+
+
+def _decided(e: Expr, holds: Expr, fails: Expr) -> Expr:
+    """A choice inside of a choice, where the outer one decides it."""
+    if isinstance(e, Call) and e.op == "where" and e.args[0] in (holds, fails):
+        return cast(e.args[1 if e.args[0] == holds else 2], e.dtype)
+    return e
 
 
 def cast(a: Expr, dtype: torch.dtype) -> Expr:

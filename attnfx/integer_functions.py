@@ -34,6 +34,8 @@ def canonical(e: sympy.Expr, ranges: Ranges) -> sympy.Expr:
     args = [canonical(a, ranges) if isinstance(a, sympy.Expr) else a for a in e.args]
     if isinstance(e, Max | Min):
         return extremum(type(e), args, ranges)
+    if isinstance(e, FloorDiv) and ranges.nonnegative(args[1] - 1):  # what a size left out of a view must be
+        return floordiv(args[0], args[1], ranges)
     return e if args == list(e.args) else e.func(*args)
 
 

@@ -13,6 +13,7 @@ from attnfx.expr import Call, Const, Expr, Int, Load, Score
 from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 
 if TYPE_CHECKING:
+    from attnfx.band import Band
     from attnfx.site import AttentionSite
 
 _INFIX = {
@@ -115,6 +116,14 @@ def mask(site: AttentionSite) -> str:
     return " ∧ ".join(parts)
 
 
+def product(band: Band) -> str:
+    """A band in the letters of the site: ``q·T0[10 + j - i]``, a vector of each distance from side tensor 0."""
+    left = "q" if band.left is None else f"T{band.left}"
+    text = f"{left}·T{band.right}[{formula(band.row)}]"
+    text = text if band.factor == 1.0 else f"{number(band.factor)}·{text}"
+    return text if band.keep == expr.TRUE else f"({formula(band.keep, 1)} ? {text} : 0)"
+
+
 def line(site: AttentionSite) -> str:
     """The site in one line: ``softmax(0.125·q·k | causal) v  [B=1 H=32/8 M=N=2048 D=128 bf16]``; a sink stands behind the
     mask, ``| causal, sink T0[h])``, and a factor of the probabilities in front, ``T1[h]·softmax(``."""
@@ -130,5 +139,6 @@ def line(site: AttentionSite) -> str:
     sink = "" if site.sink is None else f", sink {formula(site.sink)}"
     weight = "" if site.weight == expr.ONE else f"{formula(site.weight, 5)}·"
     name = "softmax" if site.normaliser == "softmax" else "exp less max"
-    weights = f"{weight}{name}({formula(site.score)} | {mask(site)}{fill}{sink}{drop})"
+    score = formula(site.score) if site.band is None else formula(site.score).replace("q·k", f"q·k + {product(site.band)}")
+    weights = f"{weight}{name}({score} | {mask(site)}{fill}{sink}{drop})"
     return f"{weights} v  [{shape} {lengths} {width} {short(site.dtype)}]"

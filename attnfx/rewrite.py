@@ -107,6 +107,10 @@ class Splicer:
             for node, operand in ((query, match.query), (key, match.key), (value, match.value))
         )
         loads = [self.kept(self.held(past.node, past.after), past.node, match) for past in match.loads]
+        for operand, place in () if match.band is None else match.band.operands:
+            made = self.kept(self.arranged(match, operand, place), operand.node, match)
+            narrow = operand.node.meta["val"].dtype == match.site.dtype
+            loads.append(made if narrow else self.call(_ATEN.to.dtype, made, match.site.dtype))
         core = called = call(query, key, value, loads)
         self.made.append(core)
         if match.rows:

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 
+from attnfx.band import Band
 from attnfx.errors import AttnfxError
 from attnfx.expr import INDEX, OPERATIONS, Call, Const, Expr, Int, Load, Score, children
 from attnfx.feature_maps import KINDS, FeatureMap
@@ -231,6 +232,9 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
     data["sink"] = None if site.sink is None else writer.add(site.sink)
     if site.literal is not None:
         data["literal"] = writer.add(site.literal)
+    if (band := site.band) is not None:
+        row, keep = writer.add(band.row), writer.add(band.keep)
+        data["band"] = [band.left, band.right, row, band.width, keep, float(band.factor), write_dtype(band.dtype)]
     if site.normaliser == "max":
         data["normaliser"] = "max"
     elif site.normaliser != "softmax":
@@ -241,7 +245,7 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
 
 def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, *_EXPRESSIONS, "dtype", "fill", "dropout", "side", "sink"}
-    optional = {"linear", "literal", "normaliser"} & set(data) if isinstance(data, dict) else set()
+    optional = {"linear", "literal", "normaliser", "band"} & set(data) if isinstance(data, dict) else set()
     fields(data, "site", known | optional)
     values: dict[str, Any] = {name: read_integer(data[name]) for name in _INTEGER_FIELDS}
     for name, types in _PLAIN.items():
@@ -256,6 +260,8 @@ def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     values |= {"dtype": read_dtype(data["dtype"]), "sink": None if data["sink"] is None else reader.get(data["sink"])}
     if "literal" in optional:
         values["literal"] = reader.get(data["literal"])
+    if "band" in optional:
+        values["band"] = _band(data["band"], reader)
     values |= {name: reader.get(data[name]) for name in _EXPRESSIONS}
     values |= {name: float(read_number(data[name])) for name in ("fill", "dropout")}
     if "normaliser" in optional:
@@ -280,6 +286,20 @@ def _linear(data: Json, reader: Reader) -> dict[str, Any]:
                 "query_map": maps[0], "key_map": maps[1],
             }  # fmt: skip
     raise FormatError(f'linear is {data!r}; it is ["sum", "abs_sum" or "none", divisor, detached, query map, key map]')
+
+
+def _band(data: Json, reader: Reader) -> Band:
+    """A second product of the scores."""
+    match data:
+        case [None | int() as left, int(right), row, int(width), keep, float(factor), dtype] if width > 0 and math.isfinite(factor):
+            for slot in (right,) if left is None else (left, right):
+                if type(slot) is not int or not 0 <= slot < reader.slots:
+                    raise FormatError(f"a band reads slot {slot!r}; there are {reader.slots} tensors")
+            made = Band(left, right, reader.get(row), width, reader.get(keep), factor, read_dtype(dtype))
+            if not made.objections:
+                return made
+            raise FormatError(made.objections[0])
+    raise FormatError(f"a band is {data!r}; it is [left slot or null, right slot, row, width, keep, factor, dtype]")
 
 
 def _bound(pair: Json) -> tuple[sympy.Symbol, sympy.Expr]:

@@ -1,6 +1,6 @@
 """AttentionSite: what one attention of a model is, exactly and without reference to the graph it was found in.
 
-    z(b,h,i,j) = score(q_i . k_j)                       the score program, float32
+    z(b,h,i,j) = score(q_i . k_j)                       the score program, float32; a band stands beside q_i . k_j
     z          = keep ? z : fill   (or z + fill)        the mask, as the model spells it
     p          = exp(z) / (exp(sink) + sum_j exp(z))    the softmax; without a sink its term is absent
     O(b,h,i)   = sum_j weight * dropout(p) * v_j
@@ -23,6 +23,7 @@ import sympy
 import torch
 
 from attnfx import expr
+from attnfx.band import Band
 from attnfx.expr import Expr, Int
 from attnfx.facts import Facts, prove
 from attnfx.feature_maps import IDENTITY, FeatureMap
@@ -62,7 +63,8 @@ class AttentionSite:
     precision: the meaning of rows that have nothing but fills, where such steps are wide. Score and fill say the same in
     float32; who replaces one of them forgets it. ``weight``: a finite factor of the probabilities after
     the softmax, in b, h, i and j, without :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator
-    does not know it.
+    does not know it. ``band``: a product of each query with a vector of each distance; :class:`attnfx.expr.Score` is q.k and
+    this product.
     ``normaliser``: ``"softmax"``; ``"max"``, exponentials that only their row's largest divides (a constant to gradients), which
     give their row sums and maxima too; or without exponentials ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in
     which :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
@@ -98,6 +100,7 @@ class AttentionSite:
     divisor_detached: bool = False
     query_map: FeatureMap = IDENTITY
     key_map: FeatureMap = IDENTITY
+    band: Band | None = None
 
     def replace(self, **changes: object) -> AttentionSite:
         if "literal" not in changes and not changes.keys().isdisjoint(("score", "keep", "fill", "additive", "empty_rows")):
@@ -141,7 +144,8 @@ class AttentionSite:
     def expressions(self) -> tuple[Expr, ...]:
         """Everything that may load or mention a size: score, keep, sink and literal where there are any, weight, divisor."""
         optional = [e for e in (self.sink, self.literal) if e is not None]
-        return (self.score, self.keep, *optional, self.weight, self.divisor)
+        band = () if self.band is None else (self.band.row, self.band.keep)
+        return (self.score, self.keep, *optional, self.weight, self.divisor, *band)
 
     @property
     def uncomputable(self) -> tuple[str, ...]:

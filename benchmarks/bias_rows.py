@@ -98,6 +98,30 @@ def alibi(kind: str, device: str, quick: bool) -> Case:
     return Case((q, k, v, slopes), eager, flex, sdpa)
 
 
+def distances(causal: bool, device: str, quick: bool) -> Case:
+    """The queries times an embedding of each distance, skewed by padding and a view: Music Transformer, and Conformer's 2 N - 1
+    distances without a mask."""
+    batch, heads, length, width = _sizes(quick)
+    q, k, v = _qkv(device, batch, heads, length, width)
+    embedding = _noise(device, length if causal else 2 * length - 1, width)
+    at = torch.arange(length, device=device)
+
+    def about(q: Tensor, embedding: Tensor) -> Tensor:
+        products = functional.pad(q @ embedding.transpose(0, 1), (1, 0))
+        shifted = products.view(*q.shape[:2], products.shape[-1], length)[:, :, 1:]
+        shifted = shifted if causal else shifted.reshape(*q.shape[:2], length, 2 * length - 1)[..., :length]
+        return shifted.masked_fill(at[None, :] > at[:, None], float("-inf")) if causal else shifted
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-1, -2) + about(q, embedding)) * width**-0.5
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=about(q, embedding) * width**-0.5)
+
+    return Case((q, k, v, embedding), eager, None, sdpa, learned=(3,))
+
+
 def relative_table(device: str, quick: bool) -> Case:
     """One learned number for each head and distance: table[h, i - j]."""
     batch, heads, length, width = _sizes(quick)
@@ -241,6 +265,10 @@ ROWS = (
     Row("alibi-symmetric", partial(alibi, "symmetric")),
     Row("table", relative_table, targets={"flex": 2.2}),
     Row("table-backward", relative_table, backward=True, targets={"flex": 1.2}),
+    Row("distances-causal", partial(distances, True)),
+    Row("distances-causal-backward", partial(distances, True), backward=True),
+    Row("distances-full", partial(distances, False)),
+    Row("distances-full-backward", partial(distances, False), backward=True),
     Row("triangle", triangle, targets={"flex": 1.4, "sdpa": 2.5, "compiled": 8.0}),
     Row("triangle-backward", triangle, backward=True),
     Row("swin", swin, targets={"compiled": 1.2}),

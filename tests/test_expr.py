@@ -43,6 +43,12 @@ def test_logic_folds() -> None:
     assert expr.logical_or(b, TRUE) == TRUE
     assert expr.ne(expr.cast(b, torch.int64), integer(0)) == b
     assert expr.where(TRUE, I, J) == I
+    x, y, z = (Load(n, (J,), torch.float32) for n in range(3))
+    before, after = expr.le(J, I), expr.lt(I, J)
+    assert expr.where(before, x, expr.where(after, y, z)) == expr.where(before, x, y)
+    assert expr.where(before, expr.where(before, x, y), z) == expr.where(before, x, z)
+    assert expr.where(before, expr.where(after, x, y), expr.where(before, x, z)) == expr.where(before, y, z)
+    assert expr.where(before, x, expr.where(expr.lt(J, I), y, z)) != expr.where(before, x, z)
 
 
 def test_an_unknown_operation_is_an_error_that_lists_the_known_ones() -> None:

@@ -45,6 +45,7 @@ def same_values(e: sympy.Expr, meaning: Callable[[int, int], int]) -> None:
         (functions.TruncToInt(functions.IntTrueDiv(S, T)), lambda s, t: int(s / t)),
         (functions.TruncToInt(functions.ToFloat(S)), lambda s, t: s),
         (Max(0, 4 - S), lambda s, t: max(0, 4 - s)),
+        (FloorDiv((2 * S - 1) * FloorDiv(S**2, S), S), lambda s, t: 2 * s - 1),
         (Min(S, T, 5) + Max(S, T), lambda s, t: min(s, t, 5) + max(s, t)),
     ],
     ids=lambda e: str(e) if isinstance(e, sympy.Basic) else "",

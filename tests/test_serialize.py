@@ -16,6 +16,8 @@ from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.serialize import FormatError, Reader, Writer, read_integer, site_from_data, site_to_data, write_integer
 
 sys.path.insert(0, str(Path(__file__).parent / "lowering"))
+from band_sites import banded
+from band_sites import examples as band_examples
 from interpreter_script import half_fills
 from lowering_sites import SCALED, causal, examples, load, side, site, t5
 from sink_cases import examples as sink_examples
@@ -24,7 +26,9 @@ from unnormalised_cases import examples as unnormalised_examples
 S0, S1 = sympy.symbols("s0 s1", integer=True, positive=True)
 
 
-@pytest.mark.parametrize("example", [*examples(), *sink_examples(), *unnormalised_examples(), half_fills(37)], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "example", [*examples(), *sink_examples(), *unnormalised_examples(), *band_examples(), half_fills(37)], ids=lambda e: e.name
+)
 def test_a_site_comes_back_equal(example: Any) -> None:
     writer = Writer()
     data = json.loads(json.dumps(site_to_data(example.site, writer)))
@@ -94,6 +98,20 @@ def test_what_is_not_known_is_refused_by_name(path: tuple[Any, ...], value: Any,
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
+    with pytest.raises(FormatError, match=message):
+        KernelPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [(1, 7, "slot 7"), (0, 7, "slot 7"), (3, 0, "a band is"), (5, "inf", "a band is"), (2, 0, "no function of i - j")],
+)
+def test_a_band_that_is_none_is_refused(place: int, value: Any, message: str) -> None:
+    plan = make_plan(banded(), "portable")
+    assert isinstance(plan, KernelPlan)
+    data = json.loads(plan.to_json())
+    data["nodes"].append(["int", ["Symbol", "j", "integer", "nonnegative"]])
+    data["site"]["band"][place] = len(data["nodes"]) - 1 if place == 2 else value
     with pytest.raises(FormatError, match=message):
         KernelPlan.from_json(json.dumps(data))
 

@@ -104,7 +104,7 @@ def _alone(plan: KernelPlan) -> tuple[KernelPlan, tuple[int, ...]]:
     alone = site.replace(
         score=Score(), keep=keep, sink=None, weight=expr.ONE, side=tuple(site.side[s] for s in slots), key_heads=site.heads,
         head_dim=16, value_dim=16, dtype=torch.float32, dropout=0.0, requires_grad=False, fill=float("-inf"), additive=False,
-        empty_rows="zero",
+        empty_rows="zero", band=None,
     )  # fmt: skip
     symbols = tuple(s for s in plan.symbols if s in expr.symbols(keep))
     return KernelPlan(alone, "flash", (), (), False, symbols), tuple(slots)

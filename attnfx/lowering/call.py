@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfx.lowering.band_launch import launched, suited
+from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.checks import check
 from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
@@ -116,6 +118,7 @@ class Call:
         config: Config | None,
         square: bool = False,
         blocks: Tensor | None = None,
+        second: bool = False,
     ) -> Call:
         check(q, k, v, dropout_p, seed)
         (batch, heads, m, d), (n, dv) = q.shape, v.shape[2:]
@@ -125,6 +128,8 @@ class Call:
         usual = default(kernel, q.dtype, d, dv, target)
         if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target, program.loaded)
+        if second:
+            usual, square = suited(kernel, q.dtype, d, dv, target), True
         chosen = config or tuned(kernel, program.key, q, k, v, blocks is not None, dropout_p > 0.0)
         chosen = chosen or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
@@ -170,6 +175,10 @@ class Call:
         tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
         described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
         return *described, *([grad_out] if grad_out is None else []), True
+
+    def second(self, band: Band | None) -> tuple[Any, Any, Any]:
+        """What the kernels are given of a band."""
+        return launched(band, self.config, recorded_target() or target_of(self.like.device))
 
     @property
     def even(self) -> dict[str, bool]:

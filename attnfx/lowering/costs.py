@@ -83,6 +83,11 @@ def tabulated(near: bool = True, costs: Costs = COSTS) -> float:
     return TABLE_BYTES * (costs.near_byte if near else costs.far_byte) + costs.fma
 
 
+def band(width: int, costs: Costs = COSTS) -> float:
+    """A second product of the scores: for each of them ``width`` multiplications, written and read askew."""
+    return width * costs.matrix + 2 * TABLE_BYTES * costs.near_byte + costs.fma
+
+
 def bytes_read(e: Expr, costs: Costs = COSTS) -> float:
     """Bytes for each score that ``e`` loads inside of a tile."""
     return sum(n.dtype.itemsize * share(n, costs) for n in expr.walk(e) if isinstance(n, Load))

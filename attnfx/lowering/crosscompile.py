@@ -29,12 +29,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attnfx import expr
 from attnfx.expr import Load
 from attnfx.lowering import blocks, codegen, handed, launch
+from attnfx.lowering.band_launch import suited
+from attnfx.lowering.bands import Arguments
 from attnfx.lowering.call import Program, Residuals
 from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened, relieved
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, backward, backward_short, bias_gradient, forward
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.templates import samples
+from attnfx.lowering.window_gradient import window_gradient
 from attnfx.site import AttentionSite, SideTensor
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
@@ -98,6 +101,8 @@ EXACT = Program(
 )  # fmt: skip
 WEIGHTED = replace(EXACT, weight=samples.relative_gate)
 PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "bias, finfo.min added, weight": WEIGHTED}
+#: Causal attention with a second product, of rows of its own.
+BANDED = "causal, second product"
 #: The program of causal attention inside of documents, whose kernels walk lists of tiles, and the kernels that make the lists.
 LISTED = "causal, documents, by lists"
 LISTS = ("profile_ends", "tile_lists")
@@ -133,6 +138,9 @@ def representative(target: str) -> Iterator[Job]:
     yield Job("bias, finfo.min added", torch.float32, 32, target, SHORT)
     yield Job("causal", torch.float16, 80, target)
     for head_dim in (64, 128):
+        yield Job(BANDED, bf16, head_dim, target, ("forward", "query_gradient", "key_gradient", "window_gradient"))
+    yield Job(BANDED, torch.float32, 64, target, ("forward", "query_gradient", "key_gradient", "window_gradient"))
+    for head_dim in (64, 128):
         yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient", *BIAS_KINDS))
     decoding = ("decode_partial", "decode_merge")
     for dtype in (bf16, torch.float32):
@@ -160,6 +168,8 @@ def compile_job(job: Job) -> list[Row]:
 
 def _allowed(kernel: str, job: Job) -> int:
     """Bytes that the default configuration of a kernel may spill."""
+    if job.program == BANDED:
+        return suited(kernel, job.dtype, job.head_dim, job.head_dim, job.target).spills
     if kernel not in get_args(Kernel):
         return 1024 if kernel.endswith("literal") else 0
     width = job.head_dim
@@ -192,13 +202,19 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
             loads = [torch.empty(batch, length, dtype=torch.int64, device="meta")]
             program, ints, rows, keys = _documents(loads, heads, length)
         else:
-            program = PROGRAMS[job.program]
-        forward(program, q, k, k, loads, ints, blocks=rows)
+            program = CAUSAL if job.program == BANDED else PROGRAMS[job.program]
+        band = _band(q) if job.program == BANDED else None
+        forward(program, q, k, k, loads, ints, blocks=rows, band=band)
         forward(program, q[:, :, :1], k, k, loads, ints)
         few = q[:, :, :49]
         forward(program, few, few, few, loads, ints)
         backward_short(program, few, few, few, few, residuals, few, loads, ints, inside=False)
-        backward(program, q, k, k, q, residuals, q, loads, ints, row_blocks=rows, key_blocks=keys)
+        left = None if band is None else torch.empty_like(q)
+        backward(
+            program, q, k, k, q, residuals, q, loads, ints, row_blocks=rows, key_blocks=keys, band=band, grad_left=left,
+        )  # fmt: skip
+        if band is not None:
+            window_gradient(program, q, k, k, q, residuals, q, loads, ints, band, batch_broadcast=True, head_broadcast=True)
         for kind in BIAS_KINDS if "tile" in job.kernels else ():
             bias_gradient(program, q, k, k, q, residuals, q, loads, ints, kind=kind, batch_broadcast=True,
                           head_broadcast=False, blocks=rows)  # fmt: skip
@@ -209,6 +225,12 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
         if name in job.kernels and name not in seen:
             seen.add(name)
             yield name, call
+
+
+def _band(q: torch.Tensor) -> Arguments:
+    """The arguments of a band of rows like ``q`` (B,H,S,D), whose window all batches and heads share."""
+    window = q.new_empty(1, 1, 2 * q.shape[2] - 1, q.shape[3])
+    return q, q.stride(), window, (0, 0, *window.stride()[2:]), 1.0
 
 
 def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Program, list[int], torch.Tensor, torch.Tensor]:

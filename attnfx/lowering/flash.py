@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode, short
+from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.call import Call, Program, Residuals
 from attnfx.lowering.configs import Config, Kernel, padded
 from attnfx.lowering.launch import run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
-from attnfx.lowering.templates.flash_backward import flash_delta, flash_key_gradient, flash_query_gradient
+from attnfx.lowering.templates.delta import flash_delta
+from attnfx.lowering.templates.flash_backward import flash_key_gradient, flash_query_gradient
 from attnfx.lowering.templates.flash_forward import flash_forward
 
 
@@ -30,16 +32,17 @@ def forward(
     seed: Tensor | None = None,
     config: Config | None = None,
     blocks: Tensor | None = None,
+    band: Band | None = None,
 ) -> tuple[Tensor, Residuals]:
     """O (B,H,M,DV) in v's dtype, laid out (B,M,H,DV), and the residuals, from q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV).
 
     Any strides; H a multiple of HK; head dimensions 1 to 256; one dtype of fp16, bf16, fp32. `seed` is an int64 tensor
-    of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`). Raises
-    ValueError for what the kernels do not carry.
+    of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`); `band` is
+    added to the dots (`bands.py`). Raises ValueError for what the kernels do not carry.
     """
-    brief = config is None and blocks is None and is_short(q, k, v)
+    brief = config is None and blocks is None and band is None and is_short(q, k, v)
     chosen = short.config(q.shape[2], k.shape[2]) if brief else config
-    launch = Call.of("forward", program, q, k, v, loads, ints, dropout_p, seed, chosen, blocks=blocks)
+    launch = Call.of("forward", program, q, k, v, loads, ints, dropout_p, seed, chosen, False, blocks, band is not None)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
     if launch.empty:
@@ -52,7 +55,7 @@ def forward(
     if brief:
         short.forward(launch, program, q, k, v, out, residuals)
         return out, residuals
-    if config is None and program.weight is None and decode.serves(launch.m, launch.n):
+    if config is None and program.weight is None and band is None and decode.serves(launch.m, launch.n):
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
@@ -60,7 +63,8 @@ def forward(
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
-            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, KV_RANGE=program.kv_range,
+            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launch.second(band),
+            KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
             TMA=tma, LISTS=blocks is not None, **launch.even, **launch.switches,
         )  # fmt: skip
@@ -85,35 +89,39 @@ def backward(
     key_config: Config | None = None,
     row_blocks: Tensor | None = None,
     key_blocks: Tensor | None = None,
+    band: Band | None = None,
+    grad_left: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous and in their dtypes, from forward's results and dO (B,H,M,DV), any strides.
 
     `grad_lse` (B,H,M) is the gradient of the natural LSE, None for zero; `row_blocks`, `key_blocks` list the tiles that the mask
-    keeps, by rows and by keys. Deterministic: no atomics.
+    keeps, by rows and by keys. `grad_left`, contiguous, takes the gradient of the rows of a `band` that are not the queries.
+    Deterministic: no atomics.
     """
-    rows = Call.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, blocks=row_blocks)
+    second = band is not None
+    rows = Call.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, False, row_blocks, second)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
         for grad in grads:
             grad.zero_()
         return grads
-    keys = Call.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, blocks=key_blocks)
+    keys = Call.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, False, key_blocks, second)
     grad_q, grad_k, grad_v = grads
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
     with rows.device:
-        stats = _statistics(rows, out, residuals, grad_out, grad_lse)
+        stats = statistics(rows, out, residuals, grad_out, grad_lse)
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
-            SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
-            LISTS=row_blocks is not None, **rows.even, **rows.switches ,
+            *rows.second(band), grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
+            LISTS=row_blocks is not None, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
-            SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
-            LISTS=key_blocks is not None, **keys.even, **keys.switches ,
+            *keys.second(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
+            LISTS=key_blocks is not None, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
 
@@ -173,6 +181,7 @@ def bias_gradient(
     seed: Tensor | None = None,
     config: Config | None = None,
     blocks: Tensor | None = None,
+    band: Band | None = None,
 ) -> Tensor:
     """Gradient, fp32, of a side tensor that is added with weight 1 to the natural logits, or to the raw dots if `inside`;
     BB is 1 or B, BH is 1 or H; `blocks` lists the tiles that the mask keeps, by rows.
@@ -183,7 +192,8 @@ def bias_gradient(
     Deterministic: no atomics.
     """
     kernel: dict[str, Kernel] = {"tile": "tile_bias", "column": "column_bias", "diagonal": "diagonal_bias"}
-    launch = Call.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, kind == "diagonal", blocks)
+    square, second = kind == "diagonal", band is not None
+    launch = Call.of(kernel[kind], program, q, k, v, loads, ints, dropout_p, seed, config, square, blocks, second)
     m, n, block = launch.m, launch.n, launch.config.block_n
     row_tiles, key_tiles = -(-m // launch.config.block_m), -(-n // block)
     owners = 1 if batch_broadcast else launch.batch, 1 if head_broadcast else launch.heads
@@ -197,10 +207,11 @@ def bias_gradient(
     # the two halves of the diagonal sums each leave one end unwritten
     grad = (q.new_zeros if kind == "diagonal" else q.new_empty)(shape, dtype=torch.float32)
     with launch.device:
-        stats = _statistics(launch, out, residuals, grad_out, grad_lse)
+        stats = statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
+            *launch.second(band),
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
             SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip
@@ -210,7 +221,7 @@ def bias_gradient(
     return grad
 
 
-def _statistics(launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
+def statistics(launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
     """(lse, delta, row_max, row_sum, degenerate), with delta (B,H,M) fp32 computed here; the GPU is already current."""
     delta = torch.empty_like(residuals.lse)
     block_m = max(16, 2048 // padded(launch.dv))

@@ -20,6 +20,8 @@ def _form(choice: Choice) -> str:
         return "loaded"
     if choice.form == "formula":
         return "computed in the tile"
+    if choice.form == "band":
+        return "a product of each query with the vector of a distance, computed block by block"
     if choice.form == "key":
         return "one number for each key; what all keys of a row share is dropped"
     if choice.form == "products":

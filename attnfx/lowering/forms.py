@@ -6,6 +6,7 @@
     products   u_r(i) * v_r(j), tabulated once a call, and a number of each key
     distance   table[h, i - j]
     tile       table[h, i, j], where it is small beside the queries: windows of an image
+    band       a product of the query with a vector of the distance, computed block by block (attnfx/band.py)
 
 A sum of products replaces a number by larger ones. It is taken only where their size is proved (positions, sines; never coordinates
 that are data, whose squares may cancel), in units of the numbers that all queries and keys share, and small enough that float32
@@ -31,7 +32,7 @@ from attnfx.lowering.tables import Table, relative
 from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 
-Form = Literal["formula", "data", "key", "products", "distance", "tile"]
+Form = Literal["formula", "data", "key", "products", "distance", "tile", "band"]
 #: The largest products that float32 adds up finely enough for queries of a dtype: eps(float32) * SIZE is a quarter of its eps,
 #: and a few rounding errors for float32 itself.
 SIZE = {torch.bfloat16: 4096.0, torch.float16: 2048.0, torch.float32: 64.0, torch.float64: 4096.0}
@@ -94,7 +95,11 @@ class _Planner:
                 return made[node]
             return None if has_score(node) else self.distances(node)
 
-        return Forms(expr.rebuild(score, leaf), tuple(self.tables.values()), self.shift, tuple(self.choices.values()))
+        score = expr.rebuild(score, leaf)
+        if (band := self.site.band) is not None:
+            vector = Load(band.right, (band.row,), band.dtype)
+            self._chose(vector, "band", costs.band(band.width), band.width * band.dtype.itemsize * costs.COSTS.per_query)
+        return Forms(score, tuple(self.tables.values()), self.shift, tuple(self.choices.values()))
 
     def _terms(self, score: Expr) -> list[tuple[Expr, float]]:
         """The summands of the logits with their factors; a bias that is separable as a whole is one of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import sympy
 import torch
@@ -18,7 +18,8 @@ from attnfx.nodes import has_score
 from attnfx.site import SideTensor
 from attnfx.summands import summands
 
-Kind = Literal["tile", "column", "row", "diagonal"]
+Kind = Literal["tile", "column", "row", "diagonal", "left", "window"]
+KINDS = get_args(Kind)
 #: What one axis of a side tensor means: "b", "h", "i", "j" or "i-j" themselves, "" for element 0, or a formula of b and h (an
 #: axis that folds both, ``H * b + h``, or key heads, ``h // G``).
 Axis = str | Int
@@ -30,7 +31,7 @@ class BiasGradient:
     added to the scores before something else is done to them (a softcap), ``factor`` times as much as q.k.
 
     ``kind``: "tile" is indexed by i and j, "column" by j, "row" by i or neither (softmax does not see what all keys
-    of a row share), "diagonal" by i - j.
+    of a row share), "diagonal" by i - j; "left" and "window" are the operands of a band, as they are laid out.
     The two flags say that b, h do not occur, so that the gradient is a sum over them.
     """
 
@@ -137,6 +138,8 @@ def to_layout(gradient: BiasGradient, total: Tensor, like: Tensor, values: Mappi
 
     ``values``: what the plan's size symbols are. Where several b, h share an element of ``like``, these are added up.
     """
+    if gradient.kind in ("left", "window"):
+        return total.to(like.dtype)
     if gradient.factor != 1.0:
         total = total * gradient.factor
     named = ["b", "h", *{"tile": ("i", "j"), "column": ("j",), "row": ("i",), "diagonal": ("i-j",)}[gradient.kind]]

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash, handed, portable, short
+from attnfx.lowering import bands, codegen, flash, handed, portable, short
 from attnfx.lowering.call import Residuals
 from attnfx.lowering.gradients import BiasGradient, to_layout
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import Result
+from attnfx.lowering.window_gradient import window_gradient
 
 
 def backward(
@@ -39,10 +40,13 @@ def backward(
     given = (program, q, k, v, result.out, residuals, grad_out, tensors, numbers)
     shared: Tensor | None = None
     inside = next((g.inside for g in plan.gradients if _of_all_examples(g)), None)
-    if q.shape[1] == k.shape[1] and flash.is_short(q, k, v):
+    band = bands.arguments(plan.site, loads)
+    grad_left = None if band is None or band[0] is None else q.new_empty(q.shape)
+    if band is None and q.shape[1] == k.shape[1] and flash.is_short(q, k, v):
         *grads, shared = flash.backward_short(*given, inside=inside, **common)
     else:
-        grads = list(flash.backward(*given, row_blocks=row_blocks, key_blocks=key_blocks, **common))
+        found = flash.backward(*given, row_blocks=row_blocks, key_blocks=key_blocks, band=band, grad_left=grad_left, **common)
+        grads = list(found)
     for g in plan.gradients:
         if g.kind == "row":
             total = portable.of_rows(result.out, grad_out, grad_lse, torch.float32)
@@ -50,15 +54,23 @@ def backward(
                 total = total.sum(axis, keepdim=True) if alone else total
         elif shared is not None and _of_all_examples(g) and g.inside == inside:
             total = short.bias_sums(g, shared)
-        else:
+        elif g.kind in flash.BIAS_KINDS:
             total = flash.bias_gradient(
                 *given, kind=g.kind, batch_broadcast=g.batch_broadcast, head_broadcast=g.head_broadcast, inside=g.inside,
-                blocks=row_blocks, **common,
+                blocks=row_blocks, band=band, **common,
             )  # fmt: skip
+        elif g.kind == "window":
+            assert band is not None
+            total = window_gradient(
+                *given, band, batch_broadcast=g.batch_broadcast, head_broadcast=g.head_broadcast, blocks=row_blocks, **common,
+            )  # fmt: skip
+        else:
+            assert grad_left is not None
+            total = grad_left
         grads.append(to_layout(g, total, loads[g.slot], values))
     return grads
 
 
 def _of_all_examples(g: BiasGradient) -> bool:
     """Whether it is a sum over the batch of the gradients of the logits."""
-    return g.batch_broadcast and g.kind != "row"
+    return g.batch_broadcast and g.kind in flash.BIAS_KINDS

@@ -1,9 +1,9 @@
 """The operators that attention becomes in a compiled graph: `attnfx::attention`, and `attnfx::flash` with its backward.
 
-`attention` is what a graph is given: it builds relative tables, draws the dropout seed and applies the sink with ordinary torch
-operations, which the compiler sees, and calls `flash`, which is opaque. `attention_lse` gives the LSE too,
-`attention_unnormalised` exponentials that are not divided, their sums and maxima. The plan travels as
-JSON text, so that a cached graph needs nothing else.
+`attention` is what a graph is given: it builds relative tables and the window of a band, draws the dropout seed and applies
+the sink with ordinary torch operations, which the compiler sees, and calls `flash`, which is opaque. `attention_lse` gives the
+LSE too, `attention_unnormalised` exponentials that are not divided, their sums and maxima. The plan travels as JSON text, so
+that a cached graph needs nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import blocks, outside, portable
+from attnfx.lowering import bands, blocks, outside, portable
 from attnfx.lowering.plan import KernelPlan
 
 LIBRARY: Any = torch.library.Library("attnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -77,6 +77,8 @@ def _attention(
         raise ValueError(f"{len(loads)} side tensors were given; the plan has {read.given}")
     values = read.values(sizes, key.shape[2], loads)
     tables = [t.build(query, key.shape[2], loads, values) for t in read.tables]
+    if read.site.band is not None:
+        tables.append(bands.build(read.site, loads, query.shape[2], key.shape[2], values))
     seed = None
     if read.site.dropout > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
@@ -125,9 +127,9 @@ def _forward(
     walked = row_blocks if blocks.worthwhile(q.shape[2], k.shape[2]) else None
     if calls.requested(program.key):
         calls.prepare(Operands(text, q, k, v, tuple(loads), tuple(sizes), seed, walked))
-    out, r = lookup.safely(
-        lambda: flash.forward(program, q, k, v, tensors, numbers, dropout_p=plan.site.dropout, seed=seed, blocks=walked)
-    )
+    noise: dict[str, Any] = {"dropout_p": plan.site.dropout, "seed": seed}
+    band = bands.arguments(plan.site, loads)
+    out, r = lookup.safely(lambda: flash.forward(program, q, k, v, tensors, numbers, blocks=walked, band=band, **noise))
     return portable.Result(out, r.lse, r.row_max, r.row_sum, r.degenerate)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.expr import Const, Expr, Int, Load
 from attnfx.facts import Facts, prove
-from attnfx.lowering import forms
+from attnfx.lowering import bands, forms
 from attnfx.lowering.derivative import derivative, widened
-from attnfx.lowering.gradients import BiasGradient, find
+from attnfx.lowering.gradients import KINDS, BiasGradient, find
 from attnfx.lowering.kept import where_kept
 from attnfx.lowering.outside import split
 from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
@@ -52,10 +52,10 @@ HIDDEN = -5e3
 class KernelPlan:
     """A site made ready: slots are numbers, the score program is widened and reads relative tables, indices stay in range.
 
-    ``site.side`` lists the caller's side tensors and then one for each of ``tables``; ``symbols`` are the size symbols whose
-    values the caller passes (those of the site that the plan was made from, in its order). ``exact_rows``: rows may exist for
-    which eager's own softmax over all keys, or its NaN, must be computed. ``shift``: what the score program leaves out because all
-    keys of a row share it, in b, h and i: only the LSE knows it.
+    ``site.side`` lists the caller's side tensors, then one for each of ``tables``, and the window of a band; ``symbols`` are the
+    size symbols whose values the caller passes (those of the site that the plan was made from, in its order). ``exact_rows``:
+    rows may exist for which eager's own softmax over all keys, or its NaN, must be computed. ``shift``: what the score program
+    leaves out because all keys of a row share it, in b, h and i: only the LSE knows it.
     """
 
     site: AttentionSite
@@ -69,7 +69,7 @@ class KernelPlan:
     @property
     def given(self) -> int:
         """How many side tensors the caller passes."""
-        return len(self.site.side) - len(self.tables)
+        return len(self.site.side) - len(self.tables) - (self.site.band is not None)
 
     @cached_property
     def facts(self) -> Facts:
@@ -119,7 +119,8 @@ class KernelPlan:
     @cached_property
     def differentiated_slots(self) -> tuple[int, ...]:
         """Those of them whose gradients a kernel owes: the literal logits also read what the tables were made from."""
-        return _slots([e for e in self.tile_expressions if e is not self.site.literal])
+        loaded = _slots([e for e in self.tile_expressions if e is not self.site.literal])
+        return (*loaded, *bands.slots(self.site))
 
     @cached_property
     def kernel_symbols(self) -> tuple[sympy.Symbol, ...]:
@@ -192,14 +193,15 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
     symbols, exact, chosen = site.symbols, _needs_exact_rows(site), _forms(site)
     score, tables = chosen.score, chosen.tables
     ready = site.replace(
-        score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables)),
+        score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables), *bands.side(site)),
         sink=None if site.sink is None else clamped(site.sink, site), weight=clamped(site.weight, site),
         literal=None if site.literal is None else clamped(site.literal, site),
     )  # fmt: skip
-    gradients = find(score, ready.side, [t.slot for t in tables if t.relative], _shared(site))
-    if any(isinstance(g, str) for g in gradients):
-        return cast(tuple[str, ...], gradients)
-    plan = KernelPlan(ready, family, tables, cast(tuple[BiasGradient, ...], gradients), exact, symbols, chosen.shift)
+    found = find(score, ready.side, [t.slot for t in tables if t.relative], _shared(site))
+    if any(isinstance(g, str) for g in found):
+        return cast(tuple[str, ...], found)
+    planned = (*cast(tuple[BiasGradient, ...], found), *bands.gradients(ready))
+    plan = KernelPlan(ready, family, tables, planned, exact, symbols, chosen.shift)
     return (_unprintable(plan) if family == "flash" else ()) or plan
 
 
@@ -231,13 +233,11 @@ def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
 
 
 def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
-    found = list(site.uncomputable)
+    found = [*site.uncomputable, *bands.objections(site, family)]
     if not site.exponential:
         found.append(f'the normaliser is "{site.normaliser}"; a plan computes a softmax over keys.')
     if site.normaliser == "max" and (site.sink is not None or site.empty_rows == "zero"):
-        found.append(
-            "exponentials that are not divided by their sum have a sink or rows of zeros; here such rows are those of eager."
-        )
+        found.append("exponentials that are not divided by their sum have a sink or rows of zeros; here such rows are eager's.")
     if family == "flash":
         for name, size in (("head_dim", site.head_dim), ("value dim", site.value_dim)):
             if not 1 <= size <= WIDEST:
@@ -344,9 +344,8 @@ def _load(text: str) -> KernelPlan:
     if data["attnfx"] != VERSION:
         raise FormatError(f"the plan's format is {data['attnfx']!r}; this version reads {VERSION}")
     if data["family"] not in ("flash", "portable") or not isinstance(data["exact_rows"], bool):
-        raise FormatError(
-            f"family and exact_rows are {data['family']!r}, {data['exact_rows']!r}; known: flash, portable, and a bool"
-        )
+        both = f"{data['family']!r}, {data['exact_rows']!r}"
+        raise FormatError(f"family and exact_rows are {both}; known: flash, portable, and a bool")
     sides = data["site"].get("side") if isinstance(data["site"], dict) else None
     reader = Reader(data["nodes"], len(sides) if isinstance(sides, list) else 0)
     site = site_from_data(data["site"], reader)
@@ -391,8 +390,8 @@ def _read_gradient(data: Json, reader: Reader, side: int) -> BiasGradient:
     fields(data, "gradient", ("slot", "kind", "batch_broadcast", "head_broadcast", "axes", "factor", "inside"))
     axes = [a if isinstance(a, str) else reader.get(a) for a in _items(data["axes"], "axes")]
     kind, slot, known = data["kind"], _slot(data["slot"], side), ("", "b", "h", "i", "j", "i-j")
-    if kind not in ("tile", "column", "row", "diagonal") or not all(isinstance(a, Int) or a in known for a in axes):
-        raise FormatError(f"a gradient is {kind!r} of {axes}; known: tile, column, row, diagonal of b, h, i, j, i-j")
+    if kind not in KINDS or not all(isinstance(a, Int) or a in known for a in axes):
+        raise FormatError(f"a gradient is {kind!r} of {axes}; known: {', '.join(KINDS)} of b, h, i, j, i-j")
     factor = data["factor"]
     if type(factor) is not float or not math.isfinite(factor):
         raise FormatError(f"factor is {factor!r}; it is a finite float")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from attnfx import expr
 from attnfx.evaluate import attention as plain_attention
 from attnfx.expr import INDEX
-from attnfx.lowering import mapped
+from attnfx.lowering import bands, mapped
 from attnfx.lowering.plan import KernelPlan
 
 #: The arguments of ``attnfx::flash_backward`` before the lists of tiles, which may be left out; the two gradients are the last.
@@ -30,7 +30,13 @@ def vmap_attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
     """The vmap rule of ``attnfx::attention``: (query, key, value, loads, sizes, plan), mapped anywhere in q, k, v or the loads."""
     plan = KernelPlan.from_json(args[5])
     named = any(INDEX["b"] in expr.symbols(e) for e in (plan.site.score, plan.site.keep, *(t.recipe for t in plan.tables)))
-    if named or any(d is not None for d in tree_leaves(in_dims[3])) or plan.site.dropout > 0.0 or plan.symbols:
+    if (
+        named
+        or plan.site.band is not None
+        or any(d is not None for d in tree_leaves(in_dims[3]))
+        or plan.site.dropout > 0.0
+        or plan.symbols
+    ):
         return mapped.looped("attention")(info, in_dims, *args)
     return _folded(torch.ops.attnfx.attention, info.batch_size, in_dims, args)
 
@@ -95,7 +101,8 @@ def second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 def _plain(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     values = plan.values(sizes, k.shape[2], loads)
     q, k, v = (t.float() if t.dtype.itemsize < 4 else t for t in (q, k, v))
-    return plain_attention(plan.site, q, k, v, loads, [values[s] for s in plan.site.symbols])[0]
+    site = bands.from_window(plan.site, q.shape[2])
+    return plain_attention(site, q, k, v, loads, [values[s] for s in site.symbols])[0]
 
 
 def _grad(followed: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor], again: bool) -> tuple[Tensor | None, ...]:

@@ -30,6 +30,8 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append(f"the scale is {site.scale}; torch's attention takes a positive, finite one.")
     if site.side:
         found.append(f"the scores or the mask load from {len(site.side)} side tensors; torch's fast kernels take none.")
+    if site.band is not None:
+        found.append("the scores hold a second product, of the queries and a vector of each distance; torch's attention has one.")
     if site.sink is not None:
         found.append("the softmax has a sink; torch's attention has none.")
     if site.normaliser != "softmax":

@@ -83,7 +83,7 @@ def _beside(found: Match, others: Mapping[fx.Node, fx.Node]) -> Match:
 
 def plainer(mirror: Mirror, found: Match) -> Iterator[Match]:
     """Other exact readings of ``found`` that take more of what is learned for data, the next best first."""
-    readings: tuple[Reading, ...] = ("sum", "data")
+    readings: tuple[Reading, ...] = ("sum", "data") if found.band is None else ("formula", "sum", "data")
     for reading in readings:
         try:
             yield match(mirror, found.candidate, reading)

@@ -16,6 +16,7 @@ from attnfx.mirror import is_tensor, sizes
 from attnfx.patterns.equations import letters
 from attnfx.patterns.lift import Dot, Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument
+from attnfx.patterns.order import SHORT
 
 Side = tuple[fx.Node, Index]
 
@@ -177,3 +178,9 @@ def _scaled_dot(lifter: Lifter, node: fx.Node, index: Index) -> Expr | None:
 
 def _number(lifter: Lifter, value: object) -> Expr:
     return lifter.scalar(value) if isinstance(value, fx.Node) else expr.constant(float(value), torch.float64)  # type: ignore[arg-type]
+
+
+def short(dot: fx.Node) -> bool:
+    """Whether a product sums so few numbers that they may be coordinates."""
+    made = contraction(dot)
+    return made is not None and made.summed.is_Integer and bool(made.summed <= SHORT)

@@ -21,8 +21,9 @@ from attnfx.patterns.separate import MASK_LEVEL
 from attnfx.patterns.versions import Past
 from attnfx.summands import number
 
-#: How much of a learned bias is formula: all of it, only sums and masks of plainly indexed tensors, or nothing.
-Reading = Literal["formula", "sum", "data"]
+#: How much of a learned bias is formula: all of it, with a second product of the queries beside that with the keys or with
+#: every such product as data, only sums and masks of plainly indexed tensors, or nothing.
+Reading = Literal["band", "formula", "sum", "data"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Learned:
 
     def is_data(self, mirror: Mirror, node: fx.Node, found: Expr) -> bool:
         """Whether ``node``, whose element has the formula ``found``, is loaded as the model computed it."""
-        if self.reading == "formula" or not mirror.requires_grad(node):
+        if self.reading in ("band", "formula") or not mirror.requires_grad(node):
             return False
         loads = [n for n in expr.walk(found) if isinstance(n, Load)]
         if any(isinstance(n.slot, Dot) and n.slot.node in self.scores for n in loads):

@@ -15,13 +15,13 @@ from attnfx.expr import Expr, Int, Load
 from attnfx.mirror import Mirror, descends, is_tensor, sizes
 from attnfx.patterns.added import place, summation, summed_with
 from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, understood
+from attnfx.patterns.banded_site import Laid, laid, without_band
 from attnfx.patterns.candidate import Candidate, Layout, Refused
-from attnfx.patterns.contraction import contraction
+from attnfx.patterns.contraction import contraction, short
 from attnfx.patterns.learned import Learned, Reading, products
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale
-from attnfx.patterns.order import SHORT
 from attnfx.patterns.probabilities import Factor, factor
-from attnfx.patterns.program import ScoreFactor, canonical, narrowed, numbered, program, without_factors
+from attnfx.patterns.program import Program, ScoreFactor, canonical, narrowed, numbered, program, without_factors
 from attnfx.patterns.unscaled import unscaled
 from attnfx.patterns.versions import Past, obtainable
 from attnfx.site import AttentionSite, SideTensor
@@ -40,7 +40,7 @@ class Match:
     them beforehand.
     ``further``: queries and keys of products that are added to the first one (multi-head latent attention keeps positions
     apart like that): the head_dim of the site is the sum of theirs.
-    ``rows``: the candidate's row sums and maxima with their axes.
+    ``rows``: the candidate's row sums and maxima with their axes. ``band``: the last side tensors, those of a second product.
     """
 
     site: AttentionSite
@@ -55,9 +55,10 @@ class Match:
     factors: Factors = ()
     further: Further = ()
     rows: tuple[tuple[str, Operand], ...] = ()
+    band: Laid | None = None
 
 
-def match(mirror: Mirror, candidate: Candidate, reading: Reading = "formula") -> Match:
+def match(mirror: Mirror, candidate: Candidate, reading: Reading = "band") -> Match:
     """Raises Refused with the reason where the candidate is not an attention that can be rewritten exactly. ``reading``: of
     learned biases."""
     out = sizes(candidate.output)
@@ -185,7 +186,7 @@ class _Attempt:
             raise NoProduct("no product of queries and keys was found in the logits")
         # Several products may meet in the logits (biases computed from q): the scores have an axis for the keys alone, and
         # are wider than coordinates, and mostly the last one computed.
-        plain.sort(key=lambda found: (Int(self.j) not in found[1], _short(found[0]), -self.mirror.position[found[0]]))
+        plain.sort(key=lambda found: (Int(self.j) not in found[1], short(found[0]), -self.mirror.position[found[0]]))
         return plain[self.rank]
 
     def _roles(self) -> None:
@@ -248,9 +249,9 @@ class _Attempt:
             query, query_scale = unscaled(self.lifter, query, until, values)
             key, key_scale = unscaled(self.lifter, key, until, values)
             scale = query_scale * key_scale
-        site, loads, factors = self._site(layout, query, key, value, scale, further)
-        rows = self._rows(alone)
-        return Match(site, self.candidate, layout, self.extents, query, key, value, output, loads, factors, further, rows)
+        site, loads, factors, band = self._site(layout, query, key, value, scale, further)
+        rows, extents = self._rows(alone), self.extents if band is None else band.extents
+        return Match(site, self.candidate, layout, extents, query, key, value, output, loads, factors, further, rows, band)
 
     def _rows(self, alone: frozenset[sympy.Symbol]) -> tuple[tuple[str, Operand], ...]:
         """The row sums and maxima that the model reads, with their axes."""
@@ -299,7 +300,7 @@ class _Attempt:
 
     def _site(
         self, layout: Layout, query: Operand, key: Operand, value: Operand, scale: float, further: Further
-    ) -> tuple[AttentionSite, tuple[Past, ...], Factors]:
+    ) -> tuple[AttentionSite, tuple[Past, ...], Factors, Laid | None]:
         lifter = self.new_lifter((self.i, self.j))
         lifter.learned = Learned(self.reading, products(self.sum) or frozenset({self.dot}), self.i, self.j)
         z = self.candidate.logits(lifter, self.weights)
@@ -312,12 +313,24 @@ class _Attempt:
         found = factor(self.candidate.probabilities(self._onwards(lifter.inner), self.index, Int(self.j)), self._probability())
         if self.candidate.rows and found != Factor():
             raise Refused("its exponentials are changed on the way to the values, and their row sums are not")
+        tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
+        computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
+        dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
+        if len(set(dtypes)) != 1:
+            raise Refused(f"queries, keys and values have dtypes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}")
         dropped = self._dropped()
-        made = program(
-            canonical(z, layout, self.extents), None if dropped is None else canonical(dropped, layout, self.extents),
-            replace(found, weight=canonical(found.weight, layout, self.extents)), self.candidate.empty_rows,
-            self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
-        )  # fmt: skip
+
+        def separated(z: Expr) -> Program:
+            return program(
+                canonical(z, layout, self.extents), None if dropped is None else canonical(dropped, layout, self.extents),
+                replace(found, weight=canonical(found.weight, layout, self.extents)), self.candidate.empty_rows,
+                self.extents.sizes[layout.i], self.extents.sizes[layout.j], self.extents.known,
+            )  # fmt: skip
+
+        made, second, until = separated(z), None, self.candidate.output
+        if self.reading == "band":
+            z, second = without_band(z, made, layout, self.extents, until, lambda: self.new_lifter(None), dtypes[0])
+            made = made if second is None else separated(z)
         sink, literal = (() if e is None else (e,) for e in (made.sink, made.literal))
         formulas, loads = numbered(self.mirror, self.candidate.output, made.score, made.keep, *sink, made.weight, *literal)
         score, keep, weight = *formulas[:2], formulas[2 + len(sink)]
@@ -325,14 +338,13 @@ class _Attempt:
             raise Refused("its probabilities are multiplied by something that is computed from them")
         if any(descends(past.node, dot) for past in loads for dot in (self.dot, *self.candidate.scores)):
             raise Refused("its scores are changed by something that is computed from all of them")
-        tensors = [n.meta["val"] for n in (query.node, key.node, value.node)]
-        computed = (self.dot.meta["val"].dtype, self.dot.meta["val"].dtype, self.candidate.output.meta["val"].dtype)
-        dtypes = [narrowed(t.dtype, to) for t, to in zip(tensors, computed, strict=True)]
-        if len(set(dtypes)) != 1:
-            raise Refused(f"queries, keys and values have dtypes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}")
         grad = self.mirror.requires_grad(self.candidate.output)
-        heads = self._product(layout.heads)
-        ranges = self.extents.known
+        heads, ranges, band = self._product(layout.heads), self.extents.known, None
+        side = [SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads]
+        if second is not None:
+            shared = None if further or any(not f.keys for f in outside) else query
+            band = laid(second, len(loads), shared, layout.d, layout, self.lifter, until, dtypes[0])
+            side += band.side
         site = AttentionSite(
             batch=self._product(layout.batch), heads=sympy.expand(heads * self._product(layout.groups)), key_heads=heads,
             queries=self.extents.sizes[layout.i], keys=self.extents.sizes[layout.j],
@@ -341,11 +353,11 @@ class _Attempt:
             dtype=dtypes[0], device=tensors[0].device.type, score=score, keep=keep, fill=made.fill, additive=made.additive,
             empty_rows=made.empty_rows, dropout=self.candidate.dropout, weight=weight, sink=formulas[2] if sink else None,
             literal=formulas[-1] if literal else None,
-            side=tuple(SideTensor(sizes(t.node), t.node.meta["val"].dtype, grad and t.requires_grad(self.mirror)) for t in loads),
-            requires_grad=grad, normaliser="max" if self.candidate.rows else "softmax",
-            ranges_low=tuple(sorted(ranges.low.items(), key=str)), ranges_high=tuple(sorted(ranges.high.items(), key=str)),
+            side=tuple(side), band=None if band is None else band.band, requires_grad=grad,
+            normaliser="max" if self.candidate.rows else "softmax", ranges_low=tuple(sorted(ranges.low.items(), key=str)),
+            ranges_high=tuple(sorted(ranges.high.items(), key=str)),
         )  # fmt: skip
-        return site, tuple(loads), factors
+        return site, tuple(loads), factors, band
 
     def _learned(self, node: fx.Node) -> bool:
         return self.mirror.requires_grad(self.candidate.output) and self.mirror.requires_grad(node)
@@ -385,9 +397,3 @@ class _Attempt:
         if not size.is_Integer:
             raise Refused(f"its {name} is {size}, not known before run time")
         return int(size)
-
-
-def _short(dot: fx.Node) -> bool:
-    """Whether a product sums so few numbers that they may be coordinates."""
-    made = contraction(dot)
-    return made is not None and made.summed.is_Integer and bool(made.summed <= SHORT)

@@ -14,7 +14,7 @@ from lowering_sites import Example, distance, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnfx.lowering.ops  # noqa: F401 - registers the operators
-from attnfx.lowering import blocks, portable
+from attnfx.lowering import bands, blocks, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 
 CPU = torch.device("cpu")
@@ -47,7 +47,10 @@ def walked(example: Example) -> dict[str, float]:
         mine = torch.autograd.grad((out, lse), (q, k, v, *learned), (grad, grad_lse))
     assert counted.blocks == 2, "lists by rows and by keys"
     wide = [t.detach() for t in (q, k, v)]
-    tables = [t.build(q, KEYS, loads, plan.values((), KEYS, loads)) for t in plan.tables]
+    values = plan.values((), KEYS, loads)
+    tables = [t.build(q, KEYS, loads, values) for t in plan.tables]
+    if plan.site.band is not None:
+        tables.append(bands.build(plan.site, loads, QUERIES, KEYS, values))
     loads = [t.detach() for t in (*loads, *tables)]
     theirs = portable.forward(plan, *wide, loads, (), None)
     want = portable.backward(plan, *wide, loads, (), None, theirs, grad, grad_lse)

@@ -10,7 +10,8 @@ from lowering_sites import SCALED, B, Example, H, I, J, causal, load, side, site
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.expr import Expr
+from attnfx.band import Band
+from attnfx.expr import Expr, Int
 
 BATCH, QUERIES, KEYS = 2, 390, 460
 INT = torch.int64
@@ -75,3 +76,7 @@ def biased() -> Iterator[Example]:
         sides = (side(BATCH, KEYS, dtype=INT), side(*shape, grad=True))
         made = sized(keep, side=sides).replace(score=SCALED + load(1, *indices))
         yield Example(f"bias {name}", made, lambda dtype, shape=shape: (ids, torch.randn(shape, requires_grad=True)))
+    band = Band(None, 1, Int(J.value - I.value + QUERIES - 1), 16)
+    made = sized(keep, side=(side(BATCH, KEYS, dtype=INT), side(1, 1, QUERIES + KEYS - 1, 16, grad=True)), band=band)
+    vectors = (1, 1, QUERIES + KEYS - 1, 16)
+    yield Example("bias of a second product", made, lambda dtype: (ids, torch.randn(vectors, requires_grad=True)))

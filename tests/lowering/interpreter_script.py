@@ -7,13 +7,14 @@ import sys
 import traceback
 
 import torch
+from band_sites import examples as band_examples
 from form_sites import examples as form_examples
 from lowering_sites import MIN32, SCALED, B, Example, I, J, causal, distance, examples, inputs, load, side, site, t5
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
 from attnfx.integers import Max, Min
-from attnfx.lowering import kernel_gradients, ops, portable
+from attnfx.lowering import bands, kernel_gradients, ops, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 
 NAMES = (
@@ -43,7 +44,7 @@ def chosen() -> list[Example]:
             lambda dtype: (torch.randn(2, 53).half(),),
         ),
     ]
-    return found + more + form_examples() + [half_fills(queries) for queries in (37, 4)]
+    return found + more + form_examples() + list(band_examples()) + [half_fills(queries) for queries in (37, 4)]
 
 
 def half_fills(queries: int) -> Example:
@@ -78,7 +79,10 @@ def run(example: Example) -> dict[str, float]:
     text, seed = plan.to_json(), torch.tensor([987654321012345]) if plan.site.dropout else None
     q, k, v = (t.detach() for t in inputs(example.site, torch.float32))
     given = [t.detach() for t in example.loads(torch.float32)]
-    loads = [*given, *(t.build(q, k.shape[2], given, plan.values((), k.shape[2], given)) for t in plan.tables)]
+    values = plan.values((), k.shape[2], given)
+    loads = [*given, *(t.build(q, k.shape[2], given, values) for t in plan.tables)]
+    if plan.site.band is not None:
+        loads.append(bands.build(plan.site, given, q.shape[2], k.shape[2], values))
     grad = torch.randn(*q.shape[:3], v.shape[3])
     mine = ops._forward(True, q, k, v, loads, (), seed, text)
     theirs = portable.forward(plan, q, k, v, loads, (), seed)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, default
-from attnfx.lowering.crosscompile import LISTED, LISTS, SHORT, TARGETS, Job, check
+from attnfx.lowering.crosscompile import BANDED, LISTED, LISTS, SHORT, TARGETS, Job, check
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -30,6 +30,14 @@ def test_a_weight_beside_exact_rows_spills_nothing_on_hopper() -> None:
     rows = check(["sm90"], [Job("bias, finfo.min added, weight", torch.bfloat16, 128, "sm90")], processes=1)
     assert len(rows) == 3
     assert [row for row in rows if row.spills or not row.ok] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_second_product_compiles(target: str) -> None:
+    kernels = ("forward", "query_gradient", "key_gradient", "window_gradient")
+    rows = check([target], [Job(BANDED, torch.bfloat16, 64, target, kernels)], processes=1)
+    assert {row.template for row in rows} == set(kernels)
+    assert [row for row in rows if not row.ok] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from band_sites import banded
+from band_sites import examples as band_examples
 from lowering_sites import (
     HEADS,
     KEYS,
@@ -47,7 +49,7 @@ def attention(s: AttentionSite, q: Tensor, k: Tensor, v: Tensor, loads: Sequence
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-5)], ids=["float64", "float32"])
-@pytest.mark.parametrize("example", list(examples()), ids=lambda e: e.name)
+@pytest.mark.parametrize("example", [*examples(), *band_examples()], ids=lambda e: e.name)
 def test_output_and_gradients_are_the_reference(example: Example, dtype: torch.dtype, tolerance: float) -> None:
     q, k, v = inputs(example.site, dtype)
     loads = example.loads(dtype)
@@ -179,6 +181,31 @@ def test_second_derivatives_are_those_of_the_formula() -> None:
     )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_second_derivatives_of_a_second_product(left: bool) -> None:
+    s = banded(keep=causal(16), left=left, shape=(1, 1, QUERIES + KEYS - 1))
+    leaves = [t.double().detach().requires_grad_() for t in inputs(s, torch.float32)]
+    leaves += [torch.randn([int(n) for n in t.shape], dtype=torch.float64, requires_grad=True) for t in s.side]
+    got, want = (
+        torch.autograd.grad(
+            sum(g.square().sum() for g in torch.autograd.grad(out.square().sum(), leaves, create_graph=True)), leaves
+        )
+        for out in (attention(s, *leaves[:3], leaves[3:]), s.reference(*leaves))
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_vmap_of_a_second_product() -> None:
+    s = banded(left=True, shape=(1, 1, QUERIES + KEYS - 1))
+    q, k, v = (t.detach() for t in inputs(s, torch.float32))
+    rows, vectors = (torch.randn([int(n) for n in t.shape]) for t in s.side)
+    queries = torch.stack([q, q + 1])
+    got = torch.vmap(lambda q: torch.ops.attnfx.attention(q, k, v, [rows, vectors], [], text_of(s)))(queries)
+    for n in range(2):
+        torch.testing.assert_close(got[n], attention(s, queries[n], k, v, (rows, vectors)))
 
 
 def test_a_second_derivative_with_dropout_is_an_error_that_says_so() -> None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from band_sites import banded
 from lowering_sites import (
     MIN32,
     SCALED,
     H,
+    I,
     J,
     alibi,
     causal,
@@ -24,6 +26,7 @@ from torch import Tensor
 
 import attnfx.lowering.ops  # noqa: F401 - registers the operators
 from attnfx import expr
+from attnfx.expr import Int
 from attnfx.lowering import portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.portable import aten, blocks
@@ -163,6 +166,19 @@ def test_memory_stays_below_the_score_matrix() -> None:
     used = peak_bytes(lambda: torch.ops.attnfx.attention(q, k, v, [], [], text))
     assert used < 4 * 4096 * 4096 * 4 / 3
     assert used < 20 * blocks.ELEMENTS * 4
+
+
+def test_a_second_product_takes_no_memory_of_its_own() -> None:
+    made = banded(keep=causal(), row=Int(J.value - I.value + 4095), shape=(1, 1, 8191), batch=1, heads=4, key_heads=4, queries=4096,
+                  keys=4096)  # fmt: skip
+    q, k, v = inputs(made, torch.float32)
+    vectors, text = torch.randn(1, 1, 8191, 16, requires_grad=True), plan_of(made).to_json()
+
+    def step() -> object:
+        out = torch.ops.attnfx.attention(q, k, v, [vectors], [], text)
+        return torch.autograd.grad(out.sum(), (q, k, v, vectors))
+
+    assert peak_bytes(step) < 4 * 4096 * 4096 * 4 / 3
 
 
 def test_dropout_keeps_the_mean_and_repeats_with_its_seed() -> None:

@@ -115,15 +115,15 @@ def test_a_mask_around_a_learned_bias_stays_a_formula() -> None:
     assert report.sites[0].site.facts.bounded
 
 
-def test_a_second_product_that_is_shifted_keeps_its_gradient() -> None:
-    """Positions that the queries meet: (q r)[.., i, i - j], from one more product."""
-    relative, q2 = learned(HEADS, WIDTH, QUERIES + KEYS - 1), learned(BATCH, HEADS, QUERIES, WIDTH)
+def test_a_second_product_that_is_gathered_keeps_its_gradient() -> None:
+    """Positions that the keys meet: (r k)[.., i - j, j], from one more product."""
+    relative, k2 = learned(HEADS, QUERIES + KEYS - 1, WIDTH), learned(BATCH, HEADS, WIDTH, KEYS)
 
-    def shifted(s: Tensor, q2: Tensor, relative: Tensor) -> Tensor:
+    def gathered(s: Tensor, k2: Tensor, relative: Tensor) -> Tensor:
         at = (distance() + KEYS - 1).expand(BATCH, HEADS, QUERIES, KEYS)
-        return s + (q2 @ relative).gather(-1, at)
+        return s + (relative @ k2).gather(-2, at)
 
-    report = trained(shifted, q2, relative)
+    report = trained(gathered, k2, relative)
     assert AS_COMPUTED in report.sites[0].reason
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.evaluate import evaluate
 from attnfx.lowering.plan import UNREACHABLE
+from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.affine import Affine, affine
 from attnfx.lowering.portable.blocks import Block, Problem
 
@@ -53,7 +54,8 @@ class Fused:
         """Plain causal attention of equal lengths, or no mask and no bias: one call, no mask tensor."""
         plan = self.problem.plan
         triangular = plan.masked and plan.facts.causal_offset == 0 and self.problem.rows == self.problem.keys
-        return self.form.bias is None and (not plan.masked or (triangular and self.certain))
+        plain = self.form.bias is None and plan.site.band is None
+        return plain and (not plan.masked or (triangular and self.certain))
 
     @cached_property
     def certain(self) -> bool:
@@ -65,8 +67,9 @@ class Fused:
         p = self.problem
         step = p.rows
         if not self.whole:
-            parts = [e for e in (self.form.bias, p.plan.site.keep) if e is not None]
-            copies = math.prod(n for n, name in ((p.batch, "b"), (p.heads, "h")) if any(expr.depends_on(e, name) for e in parts))
+            parts, each = [e for e in (self.form.bias, p.plan.site.keep) if e is not None], p.plan.site.band is not None
+            names = [name for name in "bh" if each or any(expr.depends_on(e, name) for e in parts)]
+            copies = math.prod(n for n, name in ((p.batch, "b"), (p.heads, "h")) if name in names)
             step = max(1, min(ROWS, ELEMENTS // (copies * p.keys)))
         for first in range(0, p.rows, step):
             yield range(first, min(first + step, p.rows))
@@ -87,6 +90,8 @@ class Fused:
         bias = None
         if self.form.bias is not None:
             bias = evaluate(self.form.bias, p.grid(block), p.loads, p.values, known=p.known(self.form.bias, block)).float()
+        if (band := bands.product(p, block)) is not None:
+            bias = band * self.form.scale if bias is None else band * self.form.scale + bias
         keep = p.keep(block)
         if keep is not None:
             if not self.certain and (plan.site.fill > UNREACHABLE or not bool(keep.any(-1).all())):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnfx.lowering.gradients import BiasGradient, to_layout
 from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
 from attnfx.lowering.portable.forward import Result, dots, literal_logits, masked_logits
@@ -33,7 +34,8 @@ def backward(
     wide_k, wide_v = (t.new_zeros(t.shape, dtype=problem.dtype) for t in (k, v))
     sums = (torch.zeros_like(q, memory_format=torch.contiguous_format), wide_k, wide_v)
     biases = [_new_sum(g, problem) for g in plan.gradients]
-    fused = None if problem.empty or grad_lse is not None or any(g.kind != "row" for g in plan.gradients) else Fused.of(problem)
+    own = grad_lse is not None or plan.site.band is not None or any(g.kind != "row" for g in plan.gradients)
+    fused = None if problem.empty or own else Fused.of(problem)
     for rows in fused.rows() if fused is not None else (range(problem.rows),) if not problem.empty else ():
         if fused is None or not _fused(fused, rows, result, grad_out, sums):
             for block in problem.blocks(rows):
@@ -93,7 +95,8 @@ def _block(
     for gradient, total in zip(problem.plan.gradients, biases, strict=True):
         _accumulate(gradient, total, inner if gradient.inside else dz, block, problem)
     ds = problem.stacked(inner)
-    sums[0][block.place] = problem.unstacked(ds @ problem.keys_of(problem.k, block)).to(sums[0].dtype)
+    grad_q, beside = problem.unstacked(ds @ problem.keys_of(problem.k, block)), bands.gradients(problem, block, inner, biases)
+    sums[0][block.place] = (grad_q if beside is None else grad_q + beside).to(sums[0].dtype)
     sums[1][place] += ds.transpose(-1, -2) @ problem.rows_of(problem.q, block)
 
 
@@ -118,6 +121,8 @@ def _weights(problem: Problem, block: Block, result: Result) -> tuple[Block, Ten
 
 
 def _new_sum(gradient: BiasGradient, problem: Problem) -> Tensor:
+    if gradient.kind in ("left", "window"):
+        return problem.q.new_zeros(problem.loads[gradient.slot].shape, dtype=problem.dtype)
     b = 1 if gradient.batch_broadcast else problem.batch
     h = 1 if gradient.head_broadcast else problem.heads
     tail = {
@@ -135,7 +140,7 @@ def _over(gradient: BiasGradient, t: Tensor) -> Tensor:
 
 
 def _accumulate(gradient: BiasGradient, total: Tensor, dz: Tensor, block: Block, problem: Problem) -> None:
-    if gradient.kind == "row" or not len(block.keys):
+    if gradient.kind in ("row", "left", "window") or not len(block.keys):
         return
     b = slice(0, 1) if gradient.batch_broadcast else slice(block.batches.start, block.batches.stop)
     h = slice(0, 1) if gradient.head_broadcast else slice(block.heads.start, block.heads.stop)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
 
@@ -101,8 +102,10 @@ def block_weights(problem: Problem, block: Block) -> Weights:
 
 
 def dots(problem: Problem, block: Block) -> Tensor:
-    """q . k of a block, (B',H',R,C)."""
-    return problem.unstacked(problem.rows_of(problem.q, block) @ problem.keys_of(problem.k, block).transpose(-1, -2))
+    """q . k of a block, (B',H',R,C), with the band where there is one."""
+    found = problem.unstacked(problem.rows_of(problem.q, block) @ problem.keys_of(problem.k, block).transpose(-1, -2))
+    band = bands.product(problem, block)
+    return found if band is None else found + band
 
 
 def masked_logits(problem: Problem, block: Block, dot: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.arithmetic import known_size
+from attnfx.lowering.templates.band import band_rows, band_scores
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.tiles import (
     column_pointers,
@@ -38,6 +39,9 @@ def flash_bias_gradient(
     dropout_p,
     blocks,
     batches,
+    left,
+    window,
+    band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -125,16 +129,16 @@ def flash_bias_gradient(
                 # in a head with a degenerate row eager may give any key a weight
                 visit = visit | (tl.load(stats[4] + b * heads + h) != 0)
             if visit:
-                acc += _tile_gradient(
-                    q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
-                    heads, group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
-                    DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                acc += tile_gradient(
+                    q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group,
+                    M, N, noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
+                    EXACT_ROWS, DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
         else:
-            acc += _tile_gradient(
-                q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads,
-                group, M, N, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            acc += tile_gradient(
+                q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group, M, N,
+                noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
+                DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
@@ -161,7 +165,7 @@ def flash_bias_gradient(
 
 
 @triton.jit
-def _tile_gradient(
+def tile_gradient(
     q,
     k,
     v,
@@ -182,6 +186,9 @@ def _tile_gradient(
     noise,
     loads,
     ints,
+    left,
+    window,
+    band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -225,6 +232,9 @@ def _tile_gradient(
     lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
     dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+    if band is not None:
+        second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok[None, :], M, N, BLOCK_N, BLOCK_D)
+        dot += band_scores(second, j_first, D, BLOCK_N, BLOCK_D, PRECISION)
     i = tl.minimum(offs_m, M - 1)[:, None]
     j = tl.minimum(offs_n, N - 1)[None, :]
     weights, live = softmax_weights(

@@ -1,46 +1,14 @@
-"""Flash attention backward: row deltas, the gradient of q by row tiles, those of k and v by key tiles; no atomics."""
+"""Flash attention backward: the gradient of q by row tiles, those of k and v by key tiles; no atomics."""
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.arithmetic import known_size
+from attnfx.lowering.templates.band import band_columns, band_row_gradient, band_rows, band_scores
 from attnfx.lowering.templates.gradient import gradient_walks, logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start, within
-
-
-@triton.jit(do_not_specialize=["heads", "M"])
-def flash_delta(
-    o,
-    grad_o,
-    grad_lse,
-    delta,
-    o_strides,
-    grad_o_strides,
-    heads,
-    M,
-    HAS_GRAD_LSE: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """delta (B,H,M) fp32 = sum_d dO * O - dLSE: what the logits need of both; grid (row tiles * B * H,)."""
-    tiles = tl.cdiv(M, BLOCK_M)
-    bh = tl.program_id(0) // tiles
-    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    ok = (offs_m < M)[:, None] & (offs_dv < DV)[None, :]
-    # o_tile, grad_tile [BLOCK_M, BLOCK_DV]
-    o_base = head_base(o, o_strides, bh // heads, bh % heads)
-    o_tile = tl.load(row_pointers(o_base, o_strides, offs_m, offs_dv), mask=ok, other=0.0).to(tl.float32)
-    grad_base = head_base(grad_o, grad_o_strides, bh // heads, bh % heads)
-    grad_tile = tl.load(row_pointers(grad_base, grad_o_strides, offs_m, offs_dv), mask=ok, other=0.0).to(tl.float32)
-    total = tl.sum(o_tile * grad_tile, 1)
-    at = bh.to(tl.int64) * M + offs_m
-    if HAS_GRAD_LSE:
-        total -= tl.load(grad_lse + at, mask=offs_m < M, other=0.0)
-    tl.store(delta + at, total, mask=offs_m < M)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N"])
@@ -65,6 +33,10 @@ def flash_query_gradient(
     N,
     dropout_p,
     blocks,
+    left,
+    window,
+    band,
+    grad_left,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -88,8 +60,9 @@ def flash_query_gradient(
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
 ):
-    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate);
-    grid (row tiles * B * H,)."""
+    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate); grid
+    (row tiles * B * H,). The rows of a `band` have theirs in grad_left, contiguous (B,H,M,D), or, where they are the queries, in
+    grad_q."""
     tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
@@ -124,6 +97,10 @@ def flash_query_gradient(
     lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
 
+    second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
+    beside = None
+    if grad_left is not None:
+        beside = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
     literal = False
     if EXACT_ROWS:
@@ -133,25 +110,30 @@ def flash_query_gradient(
     )  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if KEEP is None or KV_RANGE is not None or LISTS:
-        acc = _visit_keys(
-            acc, q_tile, grad_tile, keys, values, statistics, full[0], full[1], full[2], full[3], i, N, at, noise, loads,
-            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N, BLOCK_D,
-            BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+        acc, beside = _visit_keys(
+            acc, beside, q_tile, second, grad_tile, keys, values, statistics, full[0], full[1], full[2], full[3], i, N, at, noise,
+            loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N,
+            BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
-        acc = _visit_keys(
-            acc, q_tile, grad_tile, keys, values, statistics, masked[0], masked[1], masked[2], masked[3], i, N, at, noise, loads,
-            ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N, BLOCK_D,
-            BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+        acc, beside = _visit_keys(
+            acc, beside, q_tile, second, grad_tile, keys, values, statistics, masked[0], masked[1], masked[2], masked[3], i, N, at,
+            noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N,
+            BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
         )  # fmt: skip
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
     tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
+    if grad_left is not None:
+        out = row_pointers(head_base(grad_left, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
+        tl.store(out, beside.to(grad_left.dtype.element_ty), mask=row_ok & d_ok)
 
 
 @triton.jit
 def _visit_keys(
     acc,
+    beside,
     q_tile,
+    second,
     grad_tile,
     keys,
     values,
@@ -186,7 +168,7 @@ def _visit_keys(
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel."""
+    """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel. `beside`: a gradient of a band's rows."""
     b, h, _ = at
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
@@ -202,6 +184,8 @@ def _visit_keys(
         k_tile = column_tile(keys, start, inside, d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
         v_tile = column_tile(values, start, inside, dv_ok, MASKED, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        if second is not None:
+            dot += band_scores(second, start, D, BLOCK_N, BLOCK_D, PRECISION)
         weights, live = softmax_weights(
             dot, statistics, i, j, inside, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,
         )  # fmt: skip
@@ -210,7 +194,12 @@ def _visit_keys(
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
         ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
         acc = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
-    return acc
+        if second is not None:
+            if beside is None:
+                acc = band_row_gradient(acc, second, ds, start, D, BLOCK_N, BLOCK_D, PRECISION)
+            else:
+                beside = band_row_gradient(beside, second, ds, start, D, BLOCK_N, BLOCK_D, PRECISION)
+    return acc, beside
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N"])
@@ -237,6 +226,9 @@ def flash_key_gradient(
     N,
     dropout_p,
     blocks,
+    left,
+    window,
+    band,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -304,15 +296,15 @@ def flash_key_gradient(
         grads = row_stream(grad_o, grad_o_strides, b, h, offs_m, offs_dv, TMA)
         if KEEP is None or Q_RANGE is not None or LISTS:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, grads, stats, full[0], full[1], full[2], full[3], j, M, at, noise, loads,
-                ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_M, BLOCK_D,
-                BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, full[0], full[1], full[2], full[3],
+                j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, grads, stats, masked[0], masked[1], masked[2], masked[3], j, M, at, noise,
-                loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M,
-                BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, masked[0], masked[1], masked[2],
+                masked[3], j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
+                DROPOUT, True, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
             )  # fmt: skip
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
     tl.store(k_out, dk.to(grad_k.dtype.element_ty), mask=key_ok & d_ok)
@@ -327,8 +319,13 @@ def _visit_rows(
     k_tile,
     v_tile,
     queries,
+    left,
+    window,
+    band,
     grads,
     stats,
+    j_first,
+    N,
     lo,
     hi,
     split,
@@ -377,7 +374,12 @@ def _visit_rows(
         grad_tile = row_tile(grads, start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
         lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_i, M, EXACT_ROWS and MASKED, MASKED)
         statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
-        dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        if band is not None:
+            second = band_rows(left, window, band, q_tile, b, h, start, row_ok[:, None], d_ok, M, N, BLOCK_M, BLOCK_D)
+            beside = band_columns(second, j_first, D, BLOCK_M, BLOCK_D, PRECISION)
+            dot = tl.dot(k_tile, tl.trans(q_tile), beside, input_precision=PRECISION)
+        else:
+            dot = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         weights, live = softmax_weights(
             dot, statistics, i, j, None, at, loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, MASKED,
         )  # fmt: skip

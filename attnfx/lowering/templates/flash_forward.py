@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from attnfx.lowering.templates.arithmetic import known_size
+from attnfx.lowering.templates.band import band_products, band_rows, band_scores, turned
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import (
     LN2,
@@ -41,6 +42,9 @@ def flash_forward(
     N,
     dropout_p,
     blocks,
+    left,
+    window,
+    band,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -67,6 +71,7 @@ def flash_forward(
     LISTS: tl.constexpr,
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
+    A `band` (templates/band.py) is added to the dots, of square tiles.
 
     FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
     row degenerate; with EMPTY_ZERO a row of -inf gives zeros and not NaN. With EXACT_ROWS
@@ -103,6 +108,7 @@ def flash_forward(
     keys = column_stream(k, k_strides, b, h // group, offs_n, offs_d, TMA)
     values = row_stream(v, v_strides, b, h // group, offs_n, offs_dv, TMA)
 
+    second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
     full, masked = walks(i_first, i_last, N, ints, blocks, b, h, KV_RANGE, KEEP, BLOCK_N, LISTS)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -110,15 +116,15 @@ def flash_forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if KEEP is None or KV_RANGE is not None or LISTS:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE, KEEP,
-            WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
+            acc, l, m, q_tile, second, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE,
+            KEEP, WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
             LISTS,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints, SCORE,
-            KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
-            LISTS,
+            acc, l, m, q_tile, second, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints,
+            SCORE, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
+            TMA, LISTS,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -134,7 +140,7 @@ def flash_forward(
                 l = tl.zeros([BLOCK_M], tl.float32)
                 acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc, l, natural_max = _visit(
-                    acc, l, natural_max, q_tile, keys, values, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
+                    acc, l, natural_max, q_tile, second, keys, values, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
                     KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
                     PRECISION, TMA,
                 )  # fmt: skip
@@ -159,6 +165,7 @@ def _visit(
     l,
     m,
     q_tile,
+    second,
     keys,
     values,
     lo,
@@ -199,16 +206,27 @@ def _visit(
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
+    # tiles that follow one another share a block of the band
+    CARRIED: tl.constexpr = second is not None and not MASKED and not LISTS
+    if CARRIED:
+        lower = band_products(second, lo - BLOCK_N, D, BLOCK_N, BLOCK_D, PRECISION)
     for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         start = tile_start(position, split, gap, MASKED, LISTS)
         offs_j = start + offs_n
         inside = offs_j < N
-        j = offs_j[None, :]
-        if MASKED:
-            j = tl.minimum(offs_j, N - 1)[None, :]
         # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
         k_tile = column_tile(keys, start, inside[None, :], d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        if second is not None:
+            if CARRIED:
+                upper = band_products(second, start, D, BLOCK_N, BLOCK_D, PRECISION)
+                dot += turned(upper, lower, BLOCK_N)
+                lower = upper
+            else:
+                dot += band_scores(second, start, D, BLOCK_N, BLOCK_D, PRECISION)
+        j = offs_j[None, :]
+        if MASKED:
+            j = tl.minimum(offs_j, N - 1)[None, :]
         z = SCORE(dot, b, h, i, j, loads, ints)
         if LITERAL:
             z = z * LN2

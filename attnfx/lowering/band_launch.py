@@ -1,0 +1,57 @@
+"""The host side of bands in kernels: their arguments, and the blocks that suit them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attnfx.lowering.bands import Arguments
+from attnfx.lowering.configs import Config, padded
+from attnfx.lowering.descriptors import describe, serves
+
+
+def launched(band: Arguments | None, config: Config, target: str) -> tuple[Any, Any, Any]:
+    """The arguments `left`, `window` and `band` of a kernel: the tensors, or descriptors of tiles of both where they can have
+    one."""
+    if band is None:
+        return None, None, None
+    left, left_strides, window, strides, factor = band
+    if config.tma and all(serves(target, x) for x in (left, window) if x is not None):
+        of_left, of_window = (None if x is None else describe(x, config.block_n, padded(x.shape[3])) for x in (left, window))
+        return of_left, of_window, (left_strides, strides, 1, factor)
+    return left, window, (left_strides, strides, None, factor)
+
+
+def suited(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: int, target: str) -> Config:
+    """The square tiles, warps and stages of a kernel with a band; none of them is measured."""
+    known = target if target in _FORWARD else "gfx942"
+    width = max(padded(head_dim), padded(value_dim))
+    of = 0 if width <= 64 else 1 if width <= 128 else 2
+    if dtype == torch.float32:
+        return _FULL[of]
+    if kernel.endswith("bias") and of == 1:
+        return _GRADIENT["sm80"][of]  # tiles of all four operands and two sums
+    return (_FORWARD if kernel == "forward" else _GRADIENT)[known][of]
+
+
+def _square(side: int, warps: int, stages: int, spills: int = 0) -> Config:
+    return Config(side, side, warps, stages, spills=spills)
+
+
+# for padded head dimensions up to 64, up to 128, up to 256, in half precision: of those that compile for a sample (causal, rows of
+# their own) the largest that spill little
+_NARROW = _square(16, 8, 1, spills=448)
+_FORWARD = {
+    "sm90": (_square(64, 4, 2), _square(64, 8, 2), _NARROW),
+    "sm100": (_square(64, 4, 2), _square(64, 8, 2), _NARROW),
+    "sm80": (_square(64, 8, 2), _square(32, 8, 2), _NARROW),
+    "gfx942": (_square(64, 4, 1), _square(32, 4, 1), _square(16, 4, 1)),
+}
+_GRADIENT = {
+    "sm90": (_square(64, 8, 2, spills=96), _square(64, 8, 2, spills=384), _NARROW),
+    "sm100": (_square(64, 8, 2), _square(64, 8, 2), _NARROW),
+    "sm80": (_square(32, 8, 2), _square(32, 8, 2), _NARROW),
+    "gfx942": (_square(32, 4, 1), _square(32, 4, 1), _square(16, 4, 1)),
+}
+_FULL = (_square(32, 8, 1, spills=64), _square(16, 8, 1, spills=64), _square(16, 8, 1, spills=576))
