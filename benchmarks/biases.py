@@ -89,7 +89,7 @@ def table(results: list[Result]) -> str:
     lines = [HEADER]
     for r in results:
         if "error" in r:
-            lines.append((r["row"], r["peer"], f"failed: {r['error'][:80]}", "", "", "", ""))
+            lines.append((r["row"], r["peer"], f"failed: {r['error'][:80]}", "", "", "", "", ""))
             continue
         speed = f"{timing.ratio(r, ours[r['row']]):.2f}x" if r["row"] in ours and r["peer"] != "attnfx" else ""
         target = asked.get(r["row"], {}).get(r["peer"])

@@ -169,11 +169,7 @@ def _flex(row: Row, inputs: tuple[Tensor, ...]) -> Made:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     call, made, loads = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask), inputs[3:]
-
-    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        keep = row.keep(i, j, *loads)
-        assert keep is not None
-        return keep
+    mask = _mask(row, loads)
 
     def build() -> Any:
         return made(mask, None, None, row.length, row.length, device=str(inputs[0].device))
@@ -183,7 +179,7 @@ def _flex(row: Row, inputs: tuple[Tensor, ...]) -> Made:
         block_mask = build() if row.form.data else _block_mask(row.form, row.length, row.window, str(inputs[0].device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
-        return call(q, k, v, block_mask=block_mask, scale=row.scale, enable_gqa=row.heads != row.key_heads)  # type: ignore[return-value]
+        return call(q, k, v, block_mask=block_mask, scale=row.scale, enable_gqa=row.heads != row.key_heads)
 
     return Made(attend, build if row.form.data else None)
 
@@ -192,9 +188,20 @@ def _flex(row: Row, inputs: tuple[Tensor, ...]) -> Made:
 def _block_mask(form: Form, length: int, window: int, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    row = Row("", form, length, window=window)
-    made = torch.compile(create_block_mask)
-    return made(lambda b, h, i, j: row.keep(i, j), None, None, length, length, device=device)
+    return torch.compile(create_block_mask)(
+        _mask(Row("", form, length, window=window), ()), None, None, length, length, device=device
+    )
+
+
+def _mask(row: Row, loads: tuple[Tensor, ...]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The row's mask as FlexAttention takes it."""
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        keep = row.keep(i, j, *loads)
+        assert keep is not None
+        return keep
+
+    return mask
 
 
 def _fla(row: Row) -> Made:

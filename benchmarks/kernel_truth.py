@@ -1,13 +1,14 @@
-"""What is right, for `benchmarks.kernels`: output and gradients by blocks of queries, in float32, or in float64 if that is quick."""
+"""What is right, for `benchmarks.kernels`: output and gradients by blocks of queries, in float32, or float64 if that is quick."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_rows import Row
+from benchmarks.kernel_rows import Attend, Row
 
 SMALL = 2**22  # scores; up to so many of them float64 is quick
 SCORES = 2**27  # of one block
@@ -37,6 +38,20 @@ class Truth:
 def wanted(row: Row) -> tuple[int, ...]:
     """Which inputs have a gradient."""
     return (0, 1, 2, *(3 + n for n in row.form.learned)) if row.backward else ()
+
+
+def pushed(row: Row, inputs: tuple[Tensor, ...], push: Tensor) -> Callable[[Attend], tuple[Tensor, tuple[Tensor, ...]]]:
+    """What runs one step of a peer: its output, and the gradients for ``push`` where the row asks for them."""
+    needed = wanted(row)
+    given = [t.detach().requires_grad_(n in needed) for n, t in enumerate(inputs)]
+    leaves = [given[n] for n in needed]
+
+    def run(attend: Attend) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.set_grad_enabled(row.backward):
+            out = attend(*given)
+            return out, torch.autograd.grad(out, leaves, push) if row.backward else ()
+
+    return run
 
 
 def truth(row: Row, inputs: tuple[Tensor, ...]) -> Truth:

@@ -1,6 +1,7 @@
 """The kernels themselves: attnfx's, torch's own, FlexAttention's and Inductor's on one attention, side by side, in one run.
 
-    python -m benchmarks.kernels [--quick] [--rows GLOB] [--peers GLOBS] [--plots] [--out FILE] [--device cuda|cpu]
+    python -m benchmarks.kernels [--quick] [--rows GLOB] [--peers GLOBS] [--plots] [--jobs N] [--out FILE]
+        [--device cuda|cpu]
 
 Attention alone, bf16, forward and forward with backward. "generated": attnfx's kernel for the formula; "chosen":
 `torch.compile(eager, backend="attnfx")`, which takes torch's own kernel where that is fastest; "cudnn", "flash" and "efficient":
@@ -9,10 +10,10 @@ torch.compile on the eager spelling; "fla": flash-linear-attention, where it is 
 
 Output and gradients are checked before anything is timed: relative L2 distance from float32, or float64 where that is quick. `ms`:
 CUDA events with a cold L2 cache, median; `graph ms`: the same step as a CUDA graph, the device's time without launches; peers
-are compared by it where either takes less than 1 ms. `first s`: building the peer and its first call, in a process that may have
-compiled the like before. `setup ms`: what all layers of a model share, such as FlexAttention's block mask; `a layer`: one call
-and a 32nd of that, by which such rows are compared. `of peak`: of the device's dense bf16 rate. A peer that fails is a row of data
-with the error in it.
+are compared by it where either takes less than 1 ms. `first s`: building the peer and its first call, in a
+process that may have compiled the like before; with `--jobs`, as processes took that compiled side by side beforehand.
+`setup ms`: what all layers of a model share, such as FlexAttention's block mask; `a layer`: one call and a 32nd of that, by which
+such rows are compared. `of peak`: of the device's dense bf16 rate. A peer that fails is a row of data with the error in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import fnmatch
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,10 +33,11 @@ from torch import Tensor
 from attnfx.testing import peak_bytes
 from benchmarks import command, kernel_plots, timing
 from benchmarks.command import Result
+from benchmarks.kernel_ahead import first_calls
 from benchmarks.kernel_peers import NAMES, OURS, Made, Make, peers
-from benchmarks.kernel_rows import ROWS, Attend, Row, quick
+from benchmarks.kernel_rows import ROWS, Row, quick
 from benchmarks.kernel_table import table
-from benchmarks.kernel_truth import Truth, truth, wanted
+from benchmarks.kernel_truth import Truth, pushed, truth
 from benchmarks.roofline import peak_tflops
 
 MILLISECONDS = 100  # spent on one time, where a call is short
@@ -71,28 +73,20 @@ def asked(peer: str, row: Row, names: list[str] | None) -> bool:
 
 def measured(row: Row, make: Make, inputs: tuple[Tensor, ...], right: Truth, device: str) -> Result:
     """First call, check, times, memory. Raises ArithmeticError where the numbers are wrong."""
-    needed = wanted(row)
-    given = [t.detach().requires_grad_(n in needed) for n, t in enumerate(inputs)]
-    leaves = [given[n] for n in needed]
-
-    def pushed(attend: Attend) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with torch.set_grad_enabled(row.backward):
-            out = attend(*given)
-            return out, torch.autograd.grad(out, leaves, right.push) if row.backward else ()
-
+    step_of = pushed(row, inputs, right.push)
     made: list[Made] = []
 
     def first() -> None:
         made.append(make())
-        pushed(made[0].attend)
+        step_of(made[0].attend)
 
     first_s = timing.seconds(first, device)
     (peer,) = made
-    step = partial(pushed, peer.attend)
+    step = partial(step_of, peer.attend)
     result: Result = {"first_s": first_s, "distance": right.distance(*step())}
     result["peak_mib"] = peak_bytes(step, device) / 2**20
     result |= times(step, device)
-    result |= shared(peer, partial(pushed, peer.twice) if peer.twice is not None else None, result, device)
+    result |= shared(peer, partial(step_of, peer.twice) if peer.twice is not None else None, result, device)
     result |= rates(row, result, device)
     return result
 
@@ -134,6 +128,12 @@ def rates(row: Row, result: Result, device: str) -> Result:
     return {"tflops": rate, "of_peak": None if peak is None else rate / peak}
 
 
+def with_first_call(result: Result, took: Mapping[tuple[str, str], float]) -> Result:
+    """The result with the first call that another process timed, where one did."""
+    place = (result["row"], result["peer"])
+    return {**result, "first_s": took[place]} if place in took and "first_s" in result else result
+
+
 def spent(results: list[Result]) -> str:
     """Where a run's time went, by peer."""
     found: dict[str, float] = defaultdict(float)
@@ -144,6 +144,7 @@ def spent(results: list[Result]) -> str:
 
 def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", metavar="GLOBS", help=f"which peers, on all rows they can run: 'generated,cudnn' of {NAMES}")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="compile in N processes before anything is timed")
     parser.add_argument("--plots", action="store_true", help="draw speed against length to a PNG beside the results")
 
 
@@ -157,7 +158,9 @@ def main() -> int:
         print(f"No peer is called {', '.join(unknown)}." if unknown else f"No row is called {options.rows}.", file=sys.stderr)
         print(f"Peers: {', '.join(NAMES)}. Rows: {', '.join(row.name for row in ROWS)}.", file=sys.stderr)
         return 2
-    results, out = command.collected("kernels", (r for row in rows for r in run(row, options.device, names)), options)
+    took = first_calls(rows, options.device, options.quick, partial(asked, names=names), options.jobs)
+    found = (with_first_call(r, took) for row in rows for r in run(row, options.device, names))
+    results, out = command.collected("kernels", found, options)
     print(table(results, {row.name: row.targets for row in rows}) + f"\n{spent(results)}\nwritten to {out}")
     if options.plots:
         print(kernel_plots.drawn(out))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
-from benchmarks import biases, kernel_peers, kernel_plots, kernels, timing
+from benchmarks import biases, kernel_ahead, kernel_peers, kernel_plots, kernels, timing
 from benchmarks.kernel_peers import Made
 from benchmarks.kernel_rows import DOCUMENTS, LINEAR, ROWS, Row, quick
 from benchmarks.kernel_table import speed, table
@@ -24,6 +25,11 @@ BY_NAME = {row.name: row for row in ROWS}
 FORMS = ("causal-d64-2k", "full-d64-2k", "window-8k", "documents-16k", "gqa-8k", "swin-49", "linear-d64-8k")
 
 
+def _tiny(name: str) -> Row:
+    row = quick(BY_NAME[name])
+    return replace(row, length=min(row.length, 83))
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
@@ -31,17 +37,22 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "MILLISECONDS", 1)
+    monkeypatch.setattr(timing, "REPETITIONS", 1)
+
+
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["kernels", "--device", "cpu", *arguments])
-    monkeypatch.setattr(kernels, "MILLISECONDS", 1)
+    _hurry(monkeypatch)
     return kernels.main()
 
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("end", ["", "-backward"])
 def test_all_peers_of_a_row_are_right(name: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MILLISECONDS", 1)
-    row = quick(BY_NAME[name + end])
+    _hurry(monkeypatch)
+    row = _tiny(name + end)
     results = {r["peer"]: r for r in kernels.run(row, "cpu")}
     assert list(results) == [*(["generated"] if row.form is not LINEAR else []), "chosen", "eager"]
     for r in results.values():
@@ -127,8 +138,18 @@ def test_the_command_writes_a_table_a_file_and_plots(
     assert f"drawn to {out.with_suffix('.png')}" in said
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert list(kernel_plots.panels(results)) == [("full", 64)]
-    assert _run(monkeypatch, "--rows", "swin-49", "--peers", "eager", "--out", str(out), "--plots") == 0
+    assert _run(monkeypatch, "--rows", "swin-49", "--peers", "generated", "--out", str(out), "--plots") == 0
     assert "No plot was drawn: ValueError: no mask was measured at two lengths" in capsys.readouterr().out
+
+
+def test_first_calls_are_those_of_the_processes_that_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [quick(BY_NAME[name]) for name in ("swin-49", "short-full-backward")]  # their processes find them by name
+    took = kernel_ahead.first_calls(rows, "cpu", True, lambda peer, row: peer != "chosen", 1)
+    assert set(took) == {("swin-49", "generated"), ("short-full-backward", "generated")}
+    assert all(s > 0 for s in took.values())
+    result = {"row": "swin-49", "peer": "generated", "first_s": 0.0}
+    assert kernels.with_first_call(result, took)["first_s"] == took["swin-49", "generated"]
+    assert kernels.with_first_call({**result, "peer": "eager"}, took)["first_s"] == 0.0
 
 
 @pytest.mark.parametrize(
