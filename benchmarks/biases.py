@@ -5,8 +5,9 @@
 Heads come side by side from a projection and go so to the next one. attnfx and torch.compile's default get the spelling that models
 use; FlexAttention and SDPA get what one writes by hand for them.
 SDPA's time holds making the dense bias where it depends on inputs. Each peer's output is checked against float32 before it is
-timed (relative L2 distance). Times are medians of CUDA events with a cold L2 cache; memory is the peak above the inputs. A peer
-that fails is a row of data with the error in it.
+timed (relative L2 distance). Times are medians of CUDA events with a cold L2 cache; `graph ms` is the same step as a CUDA graph,
+the device's time without launches, and peers are compared by it below 1 ms; memory is the peak above the inputs. A peer that
+fails is a row of data with the error in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.bias_rows import ROWS, Attend, Case, Row
 from benchmarks.command import Result
 
 BOUND = 2e-2
-HEADER = ("row", "peer", "ms", "attnfx is", "asked", "peak MiB", "distance")
+HEADER = ("row", "peer", "ms", "graph ms", "attnfx is", "asked", "peak MiB", "distance")
 
 
 def peers(case: Case, device: str) -> Iterator[tuple[str, Callable[[], Attend]]]:
@@ -84,22 +85,24 @@ def measured(call: Attend, case: Case, backward: bool, truth: Tensor, device: st
     if not distance <= BOUND:
         raise ArithmeticError(f"relative L2 distance {distance:.2e} from float32; the bound is {BOUND:.0e}")
     step()
-    return {"ms": timing.median_ms(step, device), "peak_mib": peak_bytes(step, device) / 2**20, "distance": distance}
+    ms, peak = timing.median_ms(step, device), peak_bytes(step, device) / 2**20
+    return {"ms": ms, "graph_ms": timing.graph_ms(step, device), "peak_mib": peak, "distance": distance}
 
 
 def table(results: list[Result]) -> str:
     """One line a peer; beside each peer how many times as fast attnfx is, and what was asked for."""
-    ours = {r["row"]: r["ms"] for r in results if r["peer"] == "attnfx" and "ms" in r}
+    ours = {r["row"]: r for r in results if r["peer"] == "attnfx" and "ms" in r}
     asked = {row.name: row.targets for row in ROWS}
     lines = [HEADER]
     for r in results:
         if "error" in r:
-            lines.append((r["row"], r["peer"], f"failed: {r['error'][:80]}", "", "", "", ""))
+            lines.append((r["row"], r["peer"], f"failed: {r['error'][:80]}", "", "", "", "", ""))
             continue
-        speed = f"{r['ms'] / ours[r['row']]:.2f}x" if r["row"] in ours and r["peer"] != "attnfx" else ""
+        speed = f"{timing.ratio(r, ours[r['row']]):.2f}x" if r["row"] in ours and r["peer"] != "attnfx" else ""
         target = asked.get(r["row"], {}).get(r["peer"])
         wanted = f"{target}x" if target else ""
-        lines.append((r["row"], r["peer"], f"{r['ms']:.3f}", speed, wanted, f"{r['peak_mib']:.0f}", f"{r['distance']:.1e}"))
+        graph = "-" if r["graph_ms"] is None else f"{r['graph_ms']:.3f}"
+        lines.append((r["row"], r["peer"], f"{r['ms']:.3f}", graph, speed, wanted, f"{r['peak_mib']:.0f}", f"{r['distance']:.1e}"))
     widths = [max(len(line[c]) for line in lines if not line[2].startswith("failed")) for c in range(len(HEADER))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

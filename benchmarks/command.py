@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,22 @@ from benchmarks.models import RESULTS
 Result = dict[str, Any]
 
 
-def options(name: str, about: str | None, *, quick: str, example: str) -> argparse.Namespace:
-    """The options of ``python -m benchmarks.NAME``; without a GPU the sizes are the quick ones."""
+def options(
+    name: str,
+    about: str | None,
+    *,
+    quick: str,
+    example: str,
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
+    """The options of ``python -m benchmarks.NAME``, and what `more` adds; without a GPU the sizes are the quick ones."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(about or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}: shows that all of it runs")
     parser.add_argument("--rows", default="*", metavar="GLOB", help=f"which rows, by name: '{example}'")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--commit", help="the commit to record, where this tree is no git checkout")
+    more(parser)
     found = parser.parse_args()
     found.quick = found.quick or found.device == "cpu"
     return found

@@ -152,22 +152,12 @@ def measured(call: Callable[..., Tensor], arguments: tuple[Tensor, ...], truth: 
     distance = float((found - truth).norm() / truth.norm())
     if not distance <= BOUND:
         raise ArithmeticError(f"relative L2 distance {distance:.2e} from float32; the bound is {BOUND:.0e}")
-    ms = timing.median_ms(captured(call, arguments) if device == "cuda" else lambda: call(*arguments), device)
+
+    def step() -> Tensor:
+        return call(*arguments)
+
+    ms = timing.median_ms(timing.captured(step) if device == "cuda" else step, device)
     return {"us": 1000 * ms, "read_gb_s": read / ms / 1e6, "distance": distance}
-
-
-def captured(call: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> Callable[[], object]:
-    """A CUDA graph of one call, as a call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call(*arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(*arguments)
-    return graph.replay
 
 
 def table(results: list[Result]) -> str:
