@@ -8,19 +8,20 @@ import torch
 
 from attnfx.lowering.bands import Arguments
 from attnfx.lowering.configs import Config, padded
-from attnfx.lowering.descriptors import describe, serves
 
 
-def launched(band: Arguments | None, config: Config, target: str) -> tuple[Any, Any, Any]:
-    """The arguments `left`, `window` and `band` of a kernel: the tensors, or descriptors of tiles of both where they can have
-    one."""
+def launched(band: Arguments | None) -> tuple[Any, Any, Any]:
+    """The arguments `left`, `window` and `band` of a kernel."""
     if band is None:
         return None, None, None
-    left, left_strides, window, strides, factor = band
-    if config.tma and all(serves(target, x) for x in (left, window) if x is not None):
-        of_left, of_window = (None if x is None else describe(x, config.block_n, padded(x.shape[3])) for x in (left, window))
-        return of_left, of_window, (left_strides, strides, 1, factor)
-    return left, window, (left_strides, strides, None, factor)
+    left, _, window, strides, factor = band
+    if window.stride(3) != 1:
+        window = window.contiguous()
+        strides = tuple(s and of for s, of in zip(strides, window.stride(), strict=True))
+    if left is not None and left.stride(3) != 1:
+        left = left.contiguous()
+    # Triton 3.6 loses the type of a number that is known to be 1, or of None, in a tuple of tuples
+    return left, window, ((0, 0, 0) if left is None else left.stride()[:3], strides[:3], factor)
 
 
 def suited(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: int, target: str) -> Config:
@@ -49,7 +50,7 @@ _FORWARD = {
     "gfx942": (_square(64, 4, 1), _square(32, 4, 1), _square(16, 4, 1)),
 }
 _GRADIENT = {
-    "sm90": (_square(64, 8, 2, spills=96), _square(64, 8, 2, spills=384), _NARROW),
+    "sm90": (_square(64, 8, 2, spills=192), _square(64, 8, 2, spills=384), _NARROW),
     "sm100": (_square(64, 8, 2), _square(64, 8, 2), _NARROW),
     "sm80": (_square(32, 8, 2), _square(32, 8, 2), _NARROW),
     "gfx942": (_square(32, 4, 1), _square(32, 4, 1), _square(16, 4, 1)),

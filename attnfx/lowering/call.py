@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering.band_launch import launched, suited
-from attnfx.lowering.bands import Arguments as Band
+from attnfx.lowering.band_launch import suited
 from attnfx.lowering.checks import check
 from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
@@ -175,10 +174,6 @@ class Call:
         tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
         described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
         return *described, *([grad_out] if grad_out is None else []), True
-
-    def second(self, band: Band | None) -> tuple[Any, Any, Any]:
-        """What the kernels are given of a band."""
-        return launched(band, self.config, recorded_target() or target_of(self.like.device))
 
     @property
     def even(self) -> dict[str, bool]:

@@ -80,7 +80,7 @@ HALF: dict[str, Table] = {
         query_gradient=(Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3, spills=64), Config(64, 32, 8, 2)),
         key_gradient=(
             Config(32, 64, 4, 3),
-            Config(64, 64, 4, 3, spills=16),
+            Config(64, 64, 4, 3, spills=32),
             Config(64, 64, 4, 2, spills=320),
             Config(32, 32, 8, 1, tma=False),
         ),

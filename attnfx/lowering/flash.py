@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfx.lowering import decode, short
+from attnfx.lowering.band_launch import launched
 from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.call import Call, Program, Residuals
 from attnfx.lowering.configs import Config, Kernel, padded
@@ -63,7 +64,7 @@ def forward(
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
-            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launch.second(band),
+            q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launched(band),
             KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
             TMA=tma, LISTS=blocks is not None, **launch.even, **launch.switches,
@@ -114,13 +115,13 @@ def backward(
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
-            *rows.second(band), grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
+            *launched(band), grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
             LISTS=row_blocks is not None, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
-            *keys.second(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
+            *launched(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
             LISTS=key_blocks is not None, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
@@ -211,7 +212,7 @@ def bias_gradient(
         run(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
-            *launch.second(band),
+            *launched(band),
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
             SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnfx.lowering.band_launch import launched
 from attnfx.lowering.bands import Arguments
 from attnfx.lowering.call import Call, Program, Residuals
 from attnfx.lowering.flash import statistics
@@ -52,7 +53,7 @@ def window_gradient(
         run(
             flash_window_gradient, (slots * owners[0] * owners[1] * parts,), q, k, v, grad_out, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, parts,
-            *launch.second(band),
+            *launched(band),
             SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, BATCH_BROADCAST=batch_broadcast,
             HEAD_BROADCAST=head_broadcast, LISTS=blocks is not None, **launch.switches,
         )  # fmt: skip

@@ -232,7 +232,7 @@ def tile_gradient(
     lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
     dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-    if band is not None:
+    if window is not None:
         second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok[None, :], M, N, BLOCK_N, BLOCK_D)
         dot += band_scores(second, j_first, D, BLOCK_N, BLOCK_D, PRECISION)
     i = tl.minimum(offs_m, M - 1)[:, None]

@@ -113,12 +113,12 @@ def decode_partial(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, full_lo, full_lo + gap, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
+            acc, l, m, q_tile, None, keys, values, full_lo, full_lo + gap, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
             None, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, False,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
-            acc, l, m, q_tile, keys, values, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
+            acc, l, m, q_tile, None, keys, values, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, None, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, False,
         )  # fmt: skip
 
@@ -244,7 +244,7 @@ def decode_merge(
                 l_rows = tl.zeros([BLOCK_M], tl.float32)
                 acc_rows = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
                 acc_rows, l_rows, m_rows = _visit(
-                    acc_rows, l_rows, m_rows, q_tile, keys, values, 0, N, 0, 0, rows[:, None], rows == i, N, (b, h, bh),
+                    acc_rows, l_rows, m_rows, q_tile, None, keys, values, 0, N, 0, 0, rows[:, None], rows == i, N, (b, h, bh),
                     noise, loads, ints, SCORE, KEEP, None, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D,
                     BLOCK_DV, STAGES, PRECISION, False,
                 )  # fmt: skip

@@ -98,9 +98,8 @@ def flash_query_gradient(
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
 
     second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
-    beside = None
-    if grad_left is not None:
-        beside = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # the gradient of a band's rows; where they are the queries, it stays zero and nothing is made of it
+    beside = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
     literal = False
     if EXACT_ROWS:
@@ -112,14 +111,14 @@ def flash_query_gradient(
     if KEEP is None or KV_RANGE is not None or LISTS:
         acc, beside = _visit_keys(
             acc, beside, q_tile, second, grad_tile, keys, values, statistics, full[0], full[1], full[2], full[3], i, N, at, noise,
-            loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False, D, DV, BLOCK_N,
-            BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+            loads, ints, grad_left is not None, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
         acc, beside = _visit_keys(
             acc, beside, q_tile, second, grad_tile, keys, values, statistics, masked[0], masked[1], masked[2], masked[3], i, N, at,
-            noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_N,
-            BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+            noise, loads, ints, grad_left is not None, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT,
+            True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
         )  # fmt: skip
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
     tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
@@ -148,6 +147,7 @@ def _visit_keys(
     noise,
     loads,
     ints,
+    BESIDE: tl.constexpr,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -195,7 +195,7 @@ def _visit_keys(
         ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
         acc = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
         if second is not None:
-            if beside is None:
+            if not BESIDE:
                 acc = band_row_gradient(acc, second, ds, start, D, BLOCK_N, BLOCK_D, PRECISION)
             else:
                 beside = band_row_gradient(beside, second, ds, start, D, BLOCK_N, BLOCK_D, PRECISION)
@@ -374,7 +374,7 @@ def _visit_rows(
         grad_tile = row_tile(grads, start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
         lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_i, M, EXACT_ROWS and MASKED, MASKED)
         statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
-        if band is not None:
+        if window is not None:
             second = band_rows(left, window, band, q_tile, b, h, start, row_ok[:, None], d_ok, M, N, BLOCK_M, BLOCK_D)
             beside = band_columns(second, j_first, D, BLOCK_M, BLOCK_D, PRECISION)
             dot = tl.dot(k_tile, tl.trans(q_tile), beside, input_precision=PRECISION)
