@@ -171,7 +171,8 @@ def _allowed(kernel: str, job: Job) -> int:
     if job.program == BANDED:
         return suited(kernel, job.dtype, job.head_dim, job.head_dim, job.target).spills
     if kernel not in get_args(Kernel):
-        return 1024 if kernel.endswith("literal") else 0
+        # the literal ones are for rare rows; float32 keeps twice as many numbers
+        return 1024 if kernel.endswith("literal") else 64 if kernel in SHORT and job.dtype == torch.float32 else 0
     width = job.head_dim
     usual = default(cast(Kernel, kernel), job.dtype, width, width, job.target)
     program = PROGRAMS.get(job.program)  # lists of tiles have programs of their own, masked ones

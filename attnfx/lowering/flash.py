@@ -42,7 +42,7 @@ def forward(
     added to the dots (`bands.py`). Raises ValueError for what the kernels do not carry.
     """
     brief = config is None and blocks is None and band is None and is_short(q, k, v)
-    chosen = short.config(q.shape[2], k.shape[2]) if brief else config
+    chosen = short.config(q.shape[2], k.shape[2], q.dtype) if brief else config
     launch = Call.of("forward", program, q, k, v, loads, ints, dropout_p, seed, chosen, False, blocks, band is not None)
     out = q.new_empty((launch.batch, launch.m, launch.heads, launch.dv), dtype=v.dtype).transpose(1, 2)
     residuals = launch.new_residuals()
@@ -150,7 +150,7 @@ def backward_short(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`backward` where `is_short` says so, of as many key as query heads; and the gradient (H,M,N), fp32 and summed over the batch,
     of what is added to the natural logits, or to the raw dots if `inside`; None: nothing is."""
-    config = short.config(q.shape[2], k.shape[2], backward=True)
+    config = short.config(q.shape[2], k.shape[2], q.dtype, backward=True)
     launch = Call.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, config)
     if launch.empty:
         bias = None if inside is None else q.new_zeros((launch.heads, launch.m, launch.n), dtype=torch.float32)

@@ -34,11 +34,12 @@ def serves(queries: int, keys: int, head_dim: int, value_dim: int, dtype: torch.
     return 1 <= queries <= SHORT and 1 <= keys <= SHORT and wide <= WIDEST
 
 
-def config(queries: int, keys: int, backward: bool = False) -> Config:
+def config(queries: int, keys: int, dtype: torch.dtype, backward: bool = False) -> Config:
     """Blocks of the sizes, with as many warps as they have work for."""
     block_m, block_n = padded(queries), padded(keys)
-    work = block_m * block_n // (256 if backward else 512)
-    return Config(block_m, block_n, max(1, min(8 if backward else 4, work)), 2 if backward else 3, tma=False)
+    heavy = backward or dtype == torch.float32
+    work = block_m * block_n // (256 if heavy else 512)
+    return Config(block_m, block_n, max(1, min(8 if heavy else 4, work)), 2 if heavy else 3, tma=False)
 
 
 def members(batch: int, heads: int, device: torch.device) -> int:
