@@ -73,6 +73,16 @@ def test_masked_scores_that_matter_stay(changes: dict[str, Any], decided: bool) 
     assert (where_kept(s, True) != s.score) is decided
 
 
+SMALLEST = expr.where(expr.le(J, I), SCALED, expr.constant(MIN32, torch.float32))
+
+
+@pytest.mark.parametrize("given", [SMALLEST, scores(load(1, AWAY)), SCALED + expr.where(expr.le(J, I), real(I), load(1, J))])
+def test_what_may_be_as_far_as_the_fill_stays_where_masked_scores_have_weight(given: Expr) -> None:
+    s = site(given, causal(), side=(SLOPES, side(KEYS)), fill=MIN32, empty_rows="fill", additive=True)
+    assert where_kept(s, True) == given
+    assert where_kept(s, False) != given
+
+
 def test_what_is_learned_stays_where_masked_scores_have_weight() -> None:
     s = site(scores(AWAY), causal(), side=(LEARNED,), fill=MIN32, empty_rows="fill", additive=True)
     assert where_kept(s, True) == s.score
@@ -106,5 +116,13 @@ MASKS: dict[str, dict[str, Any]] = {
 def test_results_and_gradients(bias: Expr, tensor: Any, mask: str) -> None:
     torch.manual_seed(4)
     found, want = both(site(scores(bias), side=(tensor,), **MASKS[mask]), torch.float32)
+    for mine, theirs in zip(found, want, strict=True):
+        assert distance(mine, theirs) < 5e-5
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_scores_masked_twice(mask: str) -> None:
+    torch.manual_seed(5)
+    found, want = both(site(SMALLEST, **MASKS[mask]), torch.float32)
     for mine, theirs in zip(found, want, strict=True):
         assert distance(mine, theirs) < 5e-5

@@ -95,7 +95,7 @@ def entries() -> dict[str, Any]:
 def winners() -> Any:
     """Nothing is searched for unasked; asked, each kernel's preferred tile is found, remembered and launched from then on."""
     prepared(lambda given: 1.0 if given["BLOCK_M"] == given["BLOCK_N"] == 16 else 2.0)
-    call = forward_call("tile", batch=1, heads=2, queries=19, keys=21)
+    call = forward_call("tile", batch=1, heads=2, queries=19, keys=69)
     back = backward_call(call)
     shipped = launches(lambda: (forward(call), backward(back)))
     unasked = len(timed)
@@ -120,7 +120,7 @@ def _plain(call: Operands) -> tuple[Any, ...]:
 def decode() -> Any:
     """The split-KV kernels: their tile and splits are searched for, and run where they won."""
     prepared(lambda given: 1.0 / given["splits"])
-    call = forward_call("window", queries=1, keys=600)
+    call = forward_call("window", queries=1, keys=300)
     shipped = launches(lambda: forward(call))
     calls.request(call.program.key)
     forward(call)
@@ -139,7 +139,7 @@ def faulty() -> Any:
         return results
 
     Operands.run = wrong  # type: ignore[method-assign]
-    call = forward_call("alibi", queries=37, keys=53)
+    call = forward_call("alibi", queries=37, keys=69)
     calls.request(call.program.key)
     forward(call)
     return {"entries": entries(), "timed": [t["BLOCK_N"] for t in timed]}
@@ -150,7 +150,7 @@ def distrusted() -> Any:
     prepared()
     run = Operands.run
     Operands.run = lambda self, kernel, choice: tuple(t + 1 for t in run(self, kernel, choice))  # type: ignore[method-assign]
-    call = forward_call("alibi")
+    call = forward_call("alibi", queries=37, keys=69)
     calls.request(call.program.key)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -162,7 +162,7 @@ def captured() -> Any:
     """While a CUDA graph is captured nothing is searched for, and the next call that is not captured does it."""
     prepared()
     capturing, calls._capturing = calls._capturing, lambda device: True
-    call = forward_call("alibi")
+    call = forward_call("alibi", queries=37, keys=69)
     calls.request(call.program.key)
     forward(call)
     during = len(timed)
@@ -176,7 +176,7 @@ def unfit() -> Any:
     prepared()
     from triton.runtime.errors import OutOfResources
 
-    call = forward_call("alibi")
+    call = forward_call("alibi", queries=37, keys=69)
     lookup.replace(torch.device("cpu"), {call.key("forward"): Entry(Config(32, 16, 4, 1), 1.0, 2.0)})
     run = launch.run
 
@@ -210,7 +210,7 @@ class Attention(nn.Module):
 def model() -> Any:
     """`attnfx tune` of a model, forward and backward; the second time everything is remembered."""
     prepared(lambda given: 1.0 if given["BLOCK_N"] == 16 else 2.0)
-    made, x = Attention(), torch.randn(1, 20, 32)
+    made, x = Attention(), torch.randn(1, 69, 32)
     settings = attnfx.tune.Settings(1e6, backward=True)
     told: list[str] = []
     first = attnfx.tune.tune(made, (x,), {}, settings, lambda kernel, done, of, best: told.append(kernel))
