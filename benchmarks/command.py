@@ -19,7 +19,7 @@ Result = dict[str, Any]
 
 
 def options(name: str, about: str | None, *, quick: str, example: str, on_cpu: bool = False) -> argparse.Namespace:
-    """The options of ``python -m benchmarks.NAME``; without a GPU the sizes are the quick ones, unless it is ``on_cpu`` by its nature."""
+    """The options of ``python -m benchmarks.NAME``; without a GPU the sizes are the quick ones, unless all of it is ``on_cpu``."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(about or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}: shows that all of it runs")
     parser.add_argument("--rows", default="*", metavar="GLOB", help=f"which rows, by name: '{example}'")

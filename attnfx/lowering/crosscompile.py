@@ -233,12 +233,17 @@ def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Prog
 
 def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:
     """(registers a thread, spilled bytes a thread, shared bytes a block) of one launch compiled for `target`."""
+    made = compiled(call, target)
+    return *usage(made, target), made.metadata.shared
+
+
+def compiled(call: launch.Call, target: str) -> Any:
+    """What Triton makes of one launch for `target`."""
     nvidia = target.startswith("sm")
     gpu = GPUTarget("cuda", int(target[2:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {name: call.keywords[name] for name in OPTIONS if name in call.keywords}
     with launch.compiling_for(gpu.backend):
-        compiled = triton.compile(source_of(call), target=gpu, options=options)
-    return *usage(compiled, target), compiled.metadata.shared
+        return triton.compile(source_of(call), target=gpu, options=options)
 
 
 def usage(compiled: Any, target: str) -> tuple[int, int]:
