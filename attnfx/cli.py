@@ -84,7 +84,7 @@ def explain(
     Example: [bold]attnfx explain my_package.models:make_model --policy policy.toml --html report.html[/bold]
     """
     if ptx is not None and kernels is None:
-        problems.print("--ptx says for what the kernels are compiled; say where they go with --kernels DIR.")
+        problems.print("--ptx says for what the kernels are compiled; say where they go with --kernels DIR.", soft_wrap=True)
         raise typer.Exit(2)
     import torch
 

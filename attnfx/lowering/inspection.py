@@ -50,7 +50,8 @@ def compiled(plan: KernelPlan, target: str, sample: int) -> list[Compiled]:
         except Exception as failure:
             raise AttnfxError(f"{name} does not compile for {target}: {crosscompile.reason(failure)}") from failure
         assembly = made.asm["ptx" if target.startswith("sm") else "amdgcn"]
-        constants = {k: v for k, v in call.given.items() if k.isupper() or k in crosscompile.OPTIONS}
+        switches = {p.name for p in call.kernel.params if p.is_constexpr} | {*crosscompile.OPTIONS}
+        constants = {k: v for k, v in call.given.items() if k in switches}
         found.append(Compiled(name, assembly, registers, spills, made.metadata.shared, SHARED_LIMIT[target], call.grid, constants))
     return found
 
