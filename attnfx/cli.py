@@ -69,12 +69,23 @@ def explain(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="A policy file (TOML): which variant for which layers.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    kernels: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write the source of each kernel that is generated for a GPU.")
+    ] = None,
+    ptx: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="With --kernels: also what they compile to, without a GPU: sm90, or sm90,gfx942."),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="With --ptx: what lengths known only at run time are taken to be.")] = 4096,
     as_json: Json = False,
 ) -> None:
     """Say what attnfx finds in a model, what it would run for each attention, and why.
 
     Example: [bold]attnfx explain my_package.models:make_model --policy policy.toml --html report.html[/bold]
     """
+    if ptx is not None and kernels is None:
+        problems.print("--ptx says for what the kernels are compiled; say where they go with --kernels DIR.", soft_wrap=True)
+        raise typer.Exit(2)
     import torch
 
     import attnfx
@@ -89,6 +100,12 @@ def explain(
     if html is not None:
         report.to_html(html)
         problems.print(f"The report is in {html}.", markup=False, highlight=False)
+    if kernels is not None:
+        targets = [target.strip() for target in (ptx or "").split(",") if target.strip()]
+        with _progress("writing the kernels"):
+            saved = report.save_kernels(kernels, targets, ptx=ptx is not None, sample=sample)
+        for line in (*saved.without, f"{len(saved.files)} files of kernels are in {kernels}."):
+            problems.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from attnfx.report_html import page
 from attnfx.report_text import table
 
 if TYPE_CHECKING:
+    from attnfx.kernel_files import Saved
     from attnfx.measure import Measured
     from attnfx.site import AttentionSite
     from attnfx.variants.base import Variant
@@ -110,6 +111,19 @@ class Report:
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML file that needs no other; a file already at `path` is replaced in one step."""
         replace_file(Path(path), page(self))
+
+    def save_kernels(
+        self, directory: str | os.PathLike[str], targets: Sequence[str] = ("sm90",), *, ptx: bool = False, sample: int = 4096
+    ) -> "Saved":
+        """Write the source of each distinct kernel as ``<n>-<module path>.py`` into ``directory``, under a header.
+
+        With ``ptx`` also what it compiles to for each of ``targets`` ("sm90", "gfx942"), without a GPU: a file of PTX or AMDGCN for
+        each launch, and one of JSON with registers, spills, shared memory and block sizes. Lengths that are known only at
+        run time are taken to be ``sample``. Each file appears whole or not at all. Raises AttnfxError with a sentence.
+        """
+        from attnfx.kernel_files import save
+
+        return save(self, directory, targets, ptx, sample)
 
     @staticmethod
     def merge(reports: Iterable["Report"]) -> "Report":

@@ -24,18 +24,20 @@ def options(
     *,
     quick: str,
     example: str,
+    on_cpu: bool = False,
     more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> argparse.Namespace:
-    """The options of ``python -m benchmarks.NAME``, and what `more` adds; without a GPU the sizes are the quick ones."""
+    """The options of ``python -m benchmarks.NAME`` and `more`; without a GPU the sizes are the quick ones, unless ``on_cpu``."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(about or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"{quick}: shows that all of it runs")
     parser.add_argument("--rows", default="*", metavar="GLOB", help=f"which rows, by name: '{example}'")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    if not on_cpu:
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--commit", help="the commit to record, where this tree is no git checkout")
     more(parser)
-    found = parser.parse_args()
-    found.quick = found.quick or found.device == "cpu"
+    found = parser.parse_args(namespace=argparse.Namespace(device="cpu") if on_cpu else None)
+    found.quick = found.quick or (found.device == "cpu" and not on_cpu)
     return found
 
 

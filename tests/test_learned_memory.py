@@ -61,7 +61,7 @@ def test_no_square_tensor_in_the_graphs_of_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", BIASES)
 def test_memory_grows_linearly(name: str) -> None:
-    """Between lengths at which blocks of rows are as large as they become: with one S x S tensor of bytes it would grow by more."""
+    """Between lengths at which blocks of rows are as large as they become: one S x S tensor of bytes alone would grow by the limit."""
     call, peaks = partial(attend, BIASES[name]), []
     for size in (2 * SIZE, 4 * SIZE):
         torch._dynamo.reset()
@@ -69,7 +69,7 @@ def test_memory_grows_linearly(name: str) -> None:
         step = partial(gradients, compiled, given(size))
         step()
         peaks.append(min(peak_bytes(step) for _ in range(2)))
-    assert peaks[1] - peaks[0] < 8 * SIZE**2, peaks
+    assert peaks[1] - peaks[0] < 12 * SIZE**2, peaks
 
 
 def test_deterministic_algorithms_are_enough_for_a_compiled_step() -> None:

@@ -14,7 +14,7 @@ def launched(band: Arguments | None) -> tuple[Any, Any, Any]:
     """The arguments `left`, `window` and `band` of a kernel."""
     if band is None:
         return None, None, None
-    left, _, window, strides, factor = band
+    left, window, strides, factor = band
     if window.stride(3) != 1:
         window = window.contiguous()
         strides = tuple(s and of for s, of in zip(strides, window.stride(), strict=True))

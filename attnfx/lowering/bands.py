@@ -80,9 +80,9 @@ def slots(site: AttentionSite) -> tuple[int, ...]:
     return (len(site.side) - 1,) if band.left is None else (band.left, len(site.side) - 1)
 
 
-#: The left operand (None: the queries) and its strides, the window and its strides of batch and head (0 for what shares
+#: The left operand (None: the queries), the window and its strides of batch and head (0 for what shares
 #: one), distance and width, the factor: what the kernels are given.
-Arguments = tuple[Tensor | None, tuple[int, ...] | None, Tensor, tuple[int, ...], float]
+Arguments = tuple[Tensor | None, Tensor, tuple[int, ...], float]
 
 
 def arguments(site: AttentionSite, loads: Sequence[Tensor]) -> Arguments | None:
@@ -92,7 +92,7 @@ def arguments(site: AttentionSite, loads: Sequence[Tensor]) -> Arguments | None:
         return None
     left, window = None if band.left is None else loads[band.left], loads[-1]
     strides = tuple(0 if n == 1 else s for n, s in zip(window.shape[:2], window.stride()[:2], strict=True))
-    return left, None if left is None else left.stride(), window, (*strides, *window.stride()[2:]), band.factor
+    return left, window, (*strides, *window.stride()[2:]), band.factor
 
 
 def objections(site: AttentionSite, family: str) -> tuple[str, ...]:

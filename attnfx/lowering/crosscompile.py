@@ -231,7 +231,7 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
 def _band(q: torch.Tensor) -> Arguments:
     """The arguments of a band of rows like ``q`` (B,H,S,D), whose window all batches and heads share."""
     window = q.new_empty(1, 1, 2 * q.shape[2] - 1, q.shape[3])
-    return q, q.stride(), window, (0, 0, *window.stride()[2:]), 1.0
+    return q, window, (0, 0, *window.stride()[2:]), 1.0
 
 
 def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Program, list[int], torch.Tensor, torch.Tensor]:
@@ -256,12 +256,17 @@ def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Prog
 
 def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:
     """(registers a thread, spilled bytes a thread, shared bytes a block) of one launch compiled for `target`."""
+    made = compiled(call, target)
+    return *usage(made, target), made.metadata.shared
+
+
+def compiled(call: launch.Call, target: str) -> Any:
+    """What Triton makes of one launch for `target`."""
     nvidia = target.startswith("sm")
     gpu = GPUTarget("cuda", int(target[2:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {name: call.keywords[name] for name in OPTIONS if name in call.keywords}
     with launch.compiling_for(gpu.backend):
-        compiled = triton.compile(source_of(call), target=gpu, options=options)
-    return *usage(compiled, target), compiled.metadata.shared
+        return triton.compile(source_of(call), target=gpu, options=options)
 
 
 def usage(compiled: Any, target: str) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def backward(
     rows = Call.of("query_gradient", program, q, k, v, loads, ints, dropout_p, seed, query_config, False, row_blocks, second)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if rows.empty:
-        for grad in grads:
+        for grad in (*grads, *([] if grad_left is None else [grad_left])):
             grad.zero_()
         return grads
     keys = Call.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, False, key_blocks, second)
