@@ -61,7 +61,7 @@ def test_no_square_tensor_in_the_graphs_of_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", BIASES)
 def test_memory_grows_linearly(name: str) -> None:
-    """Between lengths at which blocks of rows are as large as they become: one S x S tensor of bytes alone would grow by the limit."""
+    """Between lengths at which blocks of rows are as large as they become: one S x S tensor of bytes alone would grow by more."""
     call, peaks = partial(attend, BIASES[name]), []
     for size in (2 * SIZE, 4 * SIZE):
         torch._dynamo.reset()
