@@ -16,6 +16,7 @@ from attnfx import measure as measuring
 from attnfx.beside import Known
 from attnfx.breaks import break_of
 from attnfx.capture import capture
+from attnfx.composing import Composition, attention_node, written
 from attnfx.composites import expand_composites
 from attnfx.constants import Constants
 from attnfx.decide import Decision, decide
@@ -26,7 +27,7 @@ from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering import form_text
 from attnfx.lowering.plan import KernelPlan, choices
 from attnfx.mirror import Mirror
-from attnfx.nodes import Load, walk
+from attnfx.nodes import Load
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
 from attnfx.pair_bias import PairNodes, pair_behind
@@ -216,7 +217,7 @@ def _serve(
     if name in refused or decision.kernel is None:
         return _lost(mirror, match, refused.get(name, decision.reason))
     try:
-        splicer.splice(match, _caller(splicer, decision))
+        splicer.splice(match, _caller(splicer, decision, match.query.node.meta["val"].device))
     except Exception as error:
         if options.strict:
             raise
@@ -281,28 +282,19 @@ def _kept(mirror: Mirror, linear: LinearMatch, options: Options) -> SiteReport:
     )  # fmt: skip
 
 
-def _caller(splicer: Splicer, decision: Decision) -> Callable[..., fx.Node]:
+def _caller(splicer: Splicer, decision: Decision, device: torch.device) -> Callable[..., fx.Node]:
     """What makes the attention node from canonical operands."""
     graph, kernel, site = splicer.graph, decision.kernel, decision.site
     import attnfx.lowering.ops  # noqa: F401 - registers the operators
+
+    if isinstance(kernel, Composition):
+        return written(splicer, kernel, site, device)
 
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
         if decision.beside is not None:
             query, key, loads = laid_beside(splicer, decision.beside, query, key, loads)
         if isinstance(kernel, KernelPlan):
-            sizes = [splicer.number(s) for s in kernel.symbols]
-            # torch's own operations around the kernel
-            apart = (site.sink, site.weight, kernel.shift, *(t.recipe for t in kernel.tables))
-            rows = [n for e in apart if e is not None for n in walk(e)]
-            planned = {g.slot for g in kernel.gradients} | {n.slot for n in rows if isinstance(n, Load)}
-            planned |= set() if site.band is None else set(site.band.slots)
-            given = [  # what is only compared with something gets no gradient, as in the model
-                splicer.call(torch.ops.aten.detach.default, load) if side.requires_grad and slot not in planned else load
-                for slot, (side, load) in enumerate(zip(site.side, loads, strict=True))
-            ]
-            ops = torch.ops.attnfx
-            target = ops.attention.default if site.normaliser == "softmax" else ops.attention_unnormalised.default
-            return graph.call_function(target, (query, key, value, given, sizes, kernel.to_json()))
+            return attention_node(splicer, kernel, site, query, key, value, loads)
         args = (query, key, value, site.facts.causal, site.scale, site.dropout)
         return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
 
@@ -319,11 +311,14 @@ def _biases(decision: Decision) -> tuple[str, ...]:
 
 def _source(decision: Decision) -> str | None:
     """The generated kernel source, where one is generated."""
-    if not isinstance(decision.kernel, KernelPlan) or decision.kernel.family != "flash":
+    kernel = decision.kernel
+    plans = kernel.plans if isinstance(kernel, Composition) else (kernel,)
+    generated = [p for p in plans if isinstance(p, KernelPlan) and p.family == "flash"]
+    if not generated:
         return None
     from attnfx.lowering import codegen
 
-    return codegen.source(decision.kernel)
+    return "\n\n".join(dict.fromkeys(codegen.source(p) for p in generated))
 
 
 def _missed(mirror: Mirror, miss: NearMiss) -> Missed:

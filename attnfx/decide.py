@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from attnfx.beside import Beside, Exact, Known
+from attnfx.composing import Composition, composed
 from attnfx.errors import Objection
 from attnfx.expr import Call, Expr, Score, walk
 from attnfx.low_rank import low_rank
@@ -27,11 +28,11 @@ _DEFAULTS = ("*", "**")
 
 @dataclass(frozen=True)
 class Decision:
-    """``kernel``: a plan, ``"vendor"`` for torch's own fused attention, or None where the site stays as it was; ``beside``: what
-    the kernel is given beside the model's own operands."""
+    """``kernel``: a plan, a variant's composition, ``"vendor"`` for torch's own fused attention, or None where the site stays as it
+    was; ``beside``: what the kernel is given beside the model's own operands."""
 
     name: str
-    kernel: KernelPlan | str | None
+    kernel: KernelPlan | Composition | str | None
     reason: str
     site: AttentionSite
     variant: Variant | None = None
@@ -68,6 +69,8 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | N
             )
         if isinstance(made, tuple):
             reasons = made
+        elif isinstance(made, Composition):
+            return Decision(made.family, made, f'asked for by the rule "{rule.modules}"', site, variant)
         else:
             beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
             plan = make_plan(changed, family(site))
@@ -81,13 +84,15 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | N
     return Decision(exact.name, exact.kernel, reason, exact.site)
 
 
-def _made(site: AttentionSite, variant: Variant, known: Known | None) -> AttentionSite | Beside | Exact | tuple[str, ...]:
+def _made(
+    site: AttentionSite, variant: Variant, known: Known | None
+) -> AttentionSite | Beside | Composition | Exact | tuple[str, ...]:
     """``site`` as ``variant`` has it, or why not."""
     if isinstance(variant, LowRankBias):
         return low_rank(site, variant, None if known is None else known.values)
     if isinstance(variant, NeuralBias):
         return neural(site, variant, known)
-    return variant.apply(site)
+    return composed(variant, site, family(site)) if variant.is_composed() else variant.apply(site)
 
 
 def _exact(site: AttentionSite) -> Decision:

@@ -5,19 +5,47 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import sympy
+
 from attnfx.errors import PolicyError, listing, nearest
 
 if TYPE_CHECKING:
     import torch
 
     from attnfx.site import AttentionSite
+    from attnfx.variants.attend import Attend
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An instance of a variant with an attention that it serves: for the tests, the pictures and the docs.
+
+    ``tolerance`` is the largest difference from the oracle in float64; ``learns``: gradients flow as the oracle's do.
+    """
+
+    variant: "Variant"
+    queries: int = 37
+    keys: int = 37
+    causal: bool = True
+    key_heads: int = 2
+    tolerance: float = 1e-9
+    learns: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, and bytes that are read and written at least, of one call, in the site's sizes."""
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
 
 
 class Variant(ABC):
     """Base of every variant; a subclass is a frozen dataclass whose fields are the paper's parameters.
 
     One module of `attnfx.variants` holds one variant. The walk in `attnfx.variants` registers it, and the policy file,
-    the report, the command line and the tests that run over all variants pick it up from there.
+    the report, the command line and the tests that run over all variants pick it up from there. A variant that changes which keys
+    are kept, or the scores, says so in `apply`; one that is made of several operations overrides `compose`.
     """
 
     paper: ClassVar[str]
@@ -25,13 +53,45 @@ class Variant(ABC):
     exactness: ClassVar[str]
     """What a user gives up, in a few words: "approximate, training-free"."""
 
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> tuple[Example, ...]:
+        """Instances with attentions that they serve: every test over all variants runs each of them with four query heads,
+        `head_dim` 16 and `value_dim` 8."""
+
     @abstractmethod
     def objections(self, site: "AttentionSite") -> tuple[str, ...]:
         """Why this variant cannot serve `site`: one sentence each, with the value found and the value supported."""
 
-    @abstractmethod
     def apply(self, site: "AttentionSite") -> "AttentionSite":
         """`site` with the variant's meaning in place of its own. Called only where `objections` is empty."""
+        return site
+
+    def compose(self, attend: "Attend", query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor") -> "torch.Tensor":
+        """The output (B, H, M, E), made of torch operations and of attentions by `attend`. Called only where `objections` is empty.
+
+        The operands may be proxies of a graph: see :mod:`attnfx.variants.attend`.
+        """
+        return attend(self.apply(attend.site), query, key, value)
+
+    @classmethod
+    def is_composed(cls) -> bool:
+        """Whether it is made of several operations, so that `apply` does not say what it computes."""
+        return cls.compose is not Variant.compose
+
+    def pairs(self, site: "AttentionSite") -> sympy.Expr:
+        """How many pairs of a query and a key one head computes, in the site's sizes: all that a causal mask leaves, if not
+        overridden."""
+        M, N = site.queries, site.keys
+        return M * N - M * (M - 1) / 2 if site.facts.causal else M * N
+
+    def cost(self, site: "AttentionSite") -> Cost:
+        """What a forward pass costs."""
+        heads, size = site.batch * site.heads, site.dtype.itemsize
+        flops = 2 * heads * self.pairs(site) * (site.head_dim + site.value_dim)
+        rows = heads * site.queries * (site.head_dim + site.value_dim)
+        columns = site.batch * site.key_heads * site.keys * (site.head_dim + site.value_dim)
+        return Cost(sympy.expand(flops), sympy.expand(size * (rows + columns)))
 
     @abstractmethod
     def reference(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from attnfx.errors import PolicyError
-from attnfx.variants.base import Variant, whole_number
+from attnfx.variants import dense
+from attnfx.variants.base import Example, Variant, whole_number
 
 if TYPE_CHECKING:
     from attnfx.site import AttentionSite
@@ -36,6 +37,10 @@ class LowRankBias(Variant):
         if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < float("inf"):
             raise PolicyError(f"LowRankBias.tolerance is {given!r}; it must be a number of logits, 0 or more.")
 
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (Example(cls()), Example(cls(rank=5)), Example(cls(tolerance=0.01), causal=False))
+
     def objections(self, site: "AttentionSite") -> tuple[str, ...]:
         sizes = {"heads": site.heads, "key heads": site.key_heads, "queries": site.queries, "keys": site.keys}
         found = {name: size for name, size in sizes.items() if not size.is_Integer}
@@ -60,17 +65,12 @@ class LowRankBias(Variant):
     ) -> torch.Tensor:
         """`bias` is (H, M, N); each head's is replaced by its best approximation, in least squares, of the least rank within
         the tolerance, its row means apart."""
-        M, N, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-        z = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(group, 1)) * scale
+        M, N = q.shape[2], k.shape[2]
+        z = dense.scores(q, k, scale)
         if bias is not None:
             centred = bias - bias.mean(-1, keepdim=True)
             z = z + torch.stack([self._approximated(head) for head in centred])
-        kept = torch.ones(M, N, dtype=torch.bool, device=q.device)
-        if causal:
-            kept = kept.tril(N - M)
-        if keep is not None:
-            kept = kept & keep
-        return torch.einsum("bhij,bhje->bhie", z.masked_fill(~kept, float("-inf")).softmax(-1), v.repeat_interleave(group, 1))
+        return dense.mixed(dense.softmax(z, dense.seen(M, N, causal, keep, q.device)), v)
 
     def _approximated(self, head: torch.Tensor) -> torch.Tensor:
         U, S, Vh = torch.linalg.svd(head, full_matrices=False)  # (M, R), (R), (R, N)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from attnfx.errors import PolicyError
-from attnfx.variants.base import Variant
+from attnfx.variants import dense
+from attnfx.variants.base import Example, Variant
 
 if TYPE_CHECKING:
     from attnfx.site import AttentionSite
@@ -32,6 +33,10 @@ class NeuralBias(Variant):
         if not isinstance(given, str) or not given:
             raise PolicyError(f"NeuralBias.path is {given!r}; it must be the path of a file that attnfx.fit_neural_bias wrote.")
 
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (Example(cls("networks.pt")),)
+
     def objections(self, site: "AttentionSite") -> tuple[str, ...]:
         if site.queries != site.keys:
             return (f"The site has {site.queries} queries and {site.keys} keys; a pair representation is of one list of tokens.",)
@@ -53,13 +58,8 @@ class NeuralBias(Variant):
         factors: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`factors` are phi_q (B, H, M, R) and phi_k (B, H, N, R)."""
-        M, N, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-        z = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(group, 1)) * scale
+        M, N = q.shape[2], k.shape[2]
+        z = dense.scores(q, k, scale)
         if factors is not None:
             z = z + torch.einsum("bhir,bhjr->bhij", *factors)
-        kept = torch.ones(M, N, dtype=torch.bool, device=q.device)
-        if causal:
-            kept = kept.tril(N - M)
-        if keep is not None:
-            kept = kept & keep
-        return torch.einsum("bhij,bhje->bhie", z.masked_fill(~kept, float("-inf")).softmax(-1), v.repeat_interleave(group, 1))
+        return dense.mixed(dense.softmax(z, dense.seen(M, N, causal, keep, q.device)), v)

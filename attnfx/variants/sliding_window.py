@@ -1,15 +1,18 @@
 """Sliding-window attention, with or without attention sinks."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
 import torch
+from torch import Tensor
 
 from attnfx import expr
-from attnfx.variants.base import Variant, whole_number
-
-if TYPE_CHECKING:
-    from attnfx.site import AttentionSite
+from attnfx.site import AttentionSite
+from attnfx.variants import dense, positions
+from attnfx.variants.base import Example, Variant, whole_number
 
 
 @dataclass(frozen=True)
@@ -35,52 +38,34 @@ class SlidingWindow(Variant):
         whole_number(self, "window", least=1)
         whole_number(self, "sinks", least=0)
 
-    def objections(self, site: "AttentionSite") -> tuple[str, ...]:
-        diagonals = site.facts.delta_low
-        if len(diagonals) > 1:
-            return (f"The mask has {len(diagonals)} causal diagonals, and a window needs one to follow.",)
-        if diagonals or site.queries == site.keys:
-            return ()
-        if site.queries != 1:
-            return (
-                f"The {site.queries} queries and {site.keys} keys have no common positions (no causal mask is proved), "
-                "as in cross-attention; a window needs as many queries as keys, or a causal mask.",
-            )
-        if site.facts.rest:
-            return (
-                "The mask of the single query is data, so its position among the keys cannot be proved; a window needs "
-                "a causal mask, or no mask.",
-            )
-        return ()
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (
+            Example(cls(8)), Example(cls(8, sinks=2)), Example(cls(5, sinks=1), queries=13), Example(cls(6, sinks=2), causal=False),
+            Example(cls(7, sinks=3), queries=1, key_heads=4),
+        )  # fmt: skip
 
-    def apply(self, site: "AttentionSite") -> "AttentionSite":
-        i, j = expr.index("i"), expr.index("j")
-        diagonals = site.facts.delta_low
-        distance = (i - expr.integer(diagonals[0]) if diagonals else i + site.key_length - site.query_length) - j
+    def objections(self, site: AttentionSite) -> tuple[str, ...]:
+        return positions.objections(site, "a window")
+
+    def apply(self, site: AttentionSite) -> AttentionSite:
+        j = expr.index("j")
+        distance = positions.position(site) - j
         near = [expr.le(distance, expr.integer(self.window - 1))]
-        if not diagonals:
+        if not site.facts.delta_low:
             near.append(expr.le(-distance, expr.integer(self.window - 1)))
         sink = expr.le(j, expr.integer(self.sinks - 1))
         return site.replace(keep=expr.logical_and(site.keep, *(expr.logical_or(side, sink) for side in near)))
 
+    def pairs(self, site: AttentionSite) -> sympy.Expr:
+        width = self.window if site.facts.causal else 2 * self.window - 1
+        return sympy.Min(site.queries * (width + self.sinks), super().pairs(site))
+
     def reference(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        *,
-        causal: bool = False,
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        M, N, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
+    ) -> Tensor:
+        M, N = q.shape[2], k.shape[2]
         position = torch.arange(M, device=q.device)[:, None] + (N - M)
         j = torch.arange(N, device=q.device)
         kept = ((position - j).abs() < self.window) | (j < self.sinks)
-        if causal:
-            kept = kept & (j <= position)
-        if keep is not None:
-            kept = kept & keep
-        scores = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(group, 1)) * scale
-        probabilities = scores.masked_fill(~kept, float("-inf")).softmax(-1)  # NaN where a query keeps no key
-        return torch.einsum("bhij,bhje->bhie", probabilities, v.repeat_interleave(group, 1))
+        return dense.attention(q, k, v, scale, kept & dense.seen(M, N, causal, keep, q.device))

@@ -1,0 +1,34 @@
+"""Where a query stands among the keys, for variants whose pattern follows the position."""
+
+from __future__ import annotations
+
+from attnfx import expr
+from attnfx.expr import Expr
+from attnfx.site import AttentionSite
+
+
+def objections(site: AttentionSite, pattern: str) -> tuple[str, ...]:
+    """Why the positions of the queries are not known; ``pattern`` is what needs them, with an article: "a window"."""
+    diagonals = site.facts.delta_low
+    if len(diagonals) > 1:
+        return (f"The mask has {len(diagonals)} causal diagonals, and {pattern} needs one to follow.",)
+    if diagonals or site.queries == site.keys:
+        return ()
+    if site.queries != 1:
+        return (
+            f"The {site.queries} queries and {site.keys} keys have no common positions (no causal mask is proved), "
+            f"as in cross-attention; {pattern} needs as many queries as keys, or a causal mask.",
+        )
+    if site.facts.rest:
+        return (
+            f"The mask of the single query is data, so its position among the keys cannot be proved; {pattern} needs "
+            "a causal mask, or no mask.",
+        )
+    return ()
+
+
+def position(site: AttentionSite) -> Expr:
+    """The key at which query i stands: the last one that a causal mask lets it see, or i + N - M where there is no such mask
+    (the last query at the last key). Only where there are no :func:`objections`."""
+    i, diagonals = expr.index("i"), site.facts.delta_low
+    return i - expr.integer(diagonals[0]) if diagonals else i + site.key_length - site.query_length

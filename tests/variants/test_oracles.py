@@ -1,0 +1,39 @@
+"""Every variant on torch operations: its composition against its oracle in float64, with gradients, and its picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from variant_cases import EXAMPLES, applied, grouped_apart, oracle, tensors_of
+
+from attnfx.variants.base import Example
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_composition_is_the_oracle(example: Example) -> None:
+    for each in {example, grouped_apart(example)}:
+        q, k, v = tensors_of(each, torch.float64)
+        torch.testing.assert_close(applied(each, q, k, v), oracle(each, q, k, v), rtol=each.tolerance, atol=each.tolerance)
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES.values() if e.learns], ids=[n for n, e in EXAMPLES.items() if e.learns])
+def test_gradients_are_the_oracles(example: Example) -> None:
+    leaves = [t.requires_grad_() for t in tensors_of(example, torch.float64)]
+    out = applied(example, *leaves)
+    by = torch.randn(out.shape, dtype=out.dtype)
+    want = torch.autograd.grad(oracle(example, *leaves), leaves, by)
+    for mine, theirs in zip(torch.autograd.grad(out, leaves, by), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES.values() if e.causal], ids=[n for n, e in EXAMPLES.items() if e.causal])
+def test_no_query_sees_what_comes_after_it(example: Example) -> None:
+    tensors, (M, N) = tensors_of(example, torch.float64), (example.queries, example.keys)
+    before = applied(example, *tensors)
+    for at in {N - M + 1, N - M // 2, N - 1} - {N - M, N}:  # queries before this key do not see that it and the rest change
+        q, k, v = (t.clone() for t in tensors)
+        for t, first in ((q, at - (N - M)), (k, at), (v, at)):
+            t[:, :, first:] += torch.randn_like(t[:, :, first:])
+        torch.testing.assert_close(
+            applied(example, q, k, v)[:, :, : at - (N - M)], before[:, :, : at - (N - M)], rtol=0, atol=1e-12
+        )
