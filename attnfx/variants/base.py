@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Example:
     """An instance of a variant with an attention that it serves: for the tests, the pictures and the docs.
 
-    ``tolerance`` is the largest difference from the oracle in float64; ``learns``: gradients flow as the oracle's do.
+    ``tolerance`` is the largest difference from the oracle in float64; ``learns``: gradients flow as the oracle's do; ``plain``: a
+    model without a bias, or anything else beside it, is changed.
     """
 
     variant: "Variant"
@@ -30,6 +31,7 @@ class Example:
     key_heads: int = 2
     tolerance: float = 1e-9
     learns: bool = True
+    plain: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

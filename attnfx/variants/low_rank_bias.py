@@ -39,7 +39,11 @@ class LowRankBias(Variant):
 
     @classmethod
     def examples(cls) -> tuple[Example, ...]:
-        return (Example(cls()), Example(cls(rank=5)), Example(cls(tolerance=0.01), causal=False))
+        return (
+            Example(cls(), plain=False),
+            Example(cls(rank=5), plain=False),
+            Example(cls(tolerance=0.01), causal=False, plain=False),
+        )
 
     def objections(self, site: "AttentionSite") -> tuple[str, ...]:
         sizes = {"heads": site.heads, "key heads": site.key_heads, "queries": site.queries, "keys": site.keys}

@@ -35,7 +35,7 @@ class NeuralBias(Variant):
 
     @classmethod
     def examples(cls) -> tuple[Example, ...]:
-        return (Example(cls("networks.pt")),)
+        return (Example(cls("networks.pt"), plain=False),)
 
     def objections(self, site: "AttentionSite") -> tuple[str, ...]:
         if site.queries != site.keys:

@@ -1,4 +1,4 @@
-"""Every variant by a policy in an unmodified model of transformers: what the model gives with the oracle in place of its attention."""
+"""Every variant by a policy in an unmodified model of transformers, which gives what it gives with the oracle for its attention."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from variant_cases import EXAMPLES, HEADS, WIDTH
 from attnfx.policy import Policy, Rule
 from attnfx.variants.base import Example
 
-#: Those that a model without a cache has: as many queries as keys.
-WHOLE = {name: example for name, example in EXAMPLES.items() if example.queries == example.keys}
+#: Those that a plain model without a cache has: as many queries as keys.
+WHOLE = {name: example for name, example in EXAMPLES.items() if example.plain and example.queries == example.keys}
 
 
 def model_of(example: Example, attention: str) -> nn.Module:
