@@ -10,8 +10,10 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.identity_mix import IdentityMix as IdentityMix
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
+    from attnfx.variants.per_head import PerHead as PerHead
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
 
 
@@ -41,7 +43,8 @@ def named(name: str) -> type[Variant]:
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("_") and name in _registry():
+    # modules of this package ask for one another while the registry is read
+    if name[:1].isupper() and name in _registry():
         return _registry()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -60,3 +60,27 @@ def beside(site: AttentionSite, shape: Sequence[sympy.Expr | int], dtype: torch.
 def read(slot: int, *indices: Expr, dtype: torch.dtype) -> Load:
     """One element of the side tensor in ``slot``."""
     return Load(slot, indices, dtype)
+
+
+class Within(Attend):
+    """The calls of ``whole`` in place of another site, with the same side tensors: a part of what it replaces."""
+
+    def __init__(self, whole: Attend, site: AttentionSite) -> None:
+        self.whole, self.site, self.loads, self.device = whole, site, whole.loads, whole.device
+
+    def __call__(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
+        return self.whole(site, query, key, value, more)
+
+    def with_lse(
+        self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        return self.whole.with_lse(site, query, key, value, more)
+
+    def number(self, size: sympy.Expr | int) -> int:
+        return self.whole.number(size)
+
+    def arange(self, end: int) -> Tensor:
+        return self.whole.arange(end)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.whole.zeros(*shape, dtype=dtype)
