@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -21,6 +22,7 @@ from attnfx.composites import expand_composites
 from attnfx.constants import Constants
 from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
+from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
 from attnfx.laid_beside import laid_beside
 from attnfx.levels import closed, forward_mode, mapped
@@ -134,7 +136,7 @@ def _rewrite(
             pairs += [(entry.name, before, after) for before, after in splicer.rows]
         else:
             lost.append(entry)
-    kept = [_kept(mirror, linear, options) for linear in linears]
+    kept = [_kept(mirror, linear, options, work.graph) for linear in linears]
     probe = measuring.probe(work, pairs if options.verify else ())
     ours = set()
     for region in regions(work):
@@ -249,7 +251,10 @@ def _decided(
         def pair(load: Load) -> PairNodes | str:
             return "it is in a region of its own" if inside else pair_behind(mirror, match, load)
 
-        known = Known(values if constants.tables is not None else None, pair)
+        def size(e: sympy.Expr) -> Any:
+            return guarded(mirror, constants.gm.graph, e)
+
+        known = Known(values if constants.tables is not None else None, pair, size)
         return decide(match.site.replace(origin=origin), policy, known)
 
     try:
@@ -272,10 +277,11 @@ def _decided(
     return match, decision, tuple(sorted(read))
 
 
-def _kept(mirror: Mirror, linear: LinearMatch, options: Options) -> SiteReport:
+def _kept(mirror: Mirror, linear: LinearMatch, options: Options, graph: fx.Graph) -> SiteReport:
     """The entry of an attention that is described and left as it is."""
     origin = origin_of(mirror, linear.output)
-    decision = decide(linear.site.replace(origin=origin), options.policy)
+    known = Known(None, lambda load: "it is not looked for", lambda e: guarded(mirror, graph, e))
+    decision = decide(linear.site.replace(origin=origin), options.policy, known)
     return SiteReport(
         name=origin.node, module=origin.module, pattern=linear.pattern, site=decision.site, decision=decision.name,
         variant=None, reason=decision.reason, exact=True, source=origin.source,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -32,10 +33,11 @@ class Pair(Protocol):
 @dataclass(frozen=True)
 class Known:
     """What a graph tells of a site's side tensors, by slot: their values (None where nothing guards them), or the pair
-    representation behind an element of one; sentences where it does not."""
+    representation behind an element of one; sentences where it does not. ``size``: a size as a number that may be compared."""
 
     values: Values | None
     pair: Callable[[Load], Pair | str]
+    size: Callable[[sympy.Expr], Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)

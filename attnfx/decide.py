@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import sympy
 import torch
 
 from attnfx.beside import Beside, Exact, Known
 from attnfx.composing import Composition, composed
-from attnfx.errors import Objection
+from attnfx.conditions import NAMES
+from attnfx.errors import Objection, PolicyError
 from attnfx.expr import Call, Expr, Score, walk
 from attnfx.low_rank import low_rank
 from attnfx.lowering import vendor
@@ -49,12 +52,39 @@ def decide(site: AttentionSite, policy: Policy, known: Known | None = None) -> D
 
     ``known``: what the graph tells of its side tensors, for variants that are computed from them.
     """
-    rule = policy.choose(site.origin.module)
+    rule = policy.choose(site.origin.module, phase(site), _Sizes(site, known))
     if not site.exponential:
         return _linear(site, rule)
     if rule is None or rule.variant is None:
         return _exact(site)
     return _by_rule(site, rule, rule.variant, known)
+
+
+def phase(site: AttentionSite) -> str:
+    """Which of :data:`attnfx.policy.PHASES` an attention is compiled for."""
+    return "training" if site.requires_grad else "decode" if site.queries == 1 else "prefill"
+
+
+class _Sizes(Mapping[str, Any]):
+    """The sizes of a site by the names that conditions have for them."""
+
+    def __init__(self, site: AttentionSite, known: Known | None) -> None:
+        sizes = site.batch, site.heads, site.key_heads, site.queries, site.keys, site.head_dim, site.value_dim
+        self.sizes, self.known = dict(zip(NAMES, map(sympy.sympify, sizes), strict=True)), known
+
+    def __getitem__(self, name: str) -> Any:
+        size = self.sizes[name]
+        if size.is_Integer:
+            return int(size)
+        if self.known is None or self.known.size is None:
+            raise PolicyError(f'A rule with "when" asks for {name}, which is {size}: a length that changes, and no graph is there.')
+        return self.known.size(size)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
 
 
 def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | None) -> Decision:

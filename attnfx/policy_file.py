@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attnfx import variants
+from attnfx.conditions import Condition
 from attnfx.errors import PolicyError, listing, nearest
 from attnfx.files import replace_file
 from attnfx.globs import Glob
@@ -23,8 +24,8 @@ _HEADER = """\
 """
 
 
-def read_rules(path: Path) -> list[tuple[str, Variant | None]]:
-    """The (module glob, variant) pairs of the file, in order."""
+def read_rules(path: Path) -> list[dict[str, Any]]:
+    """The arguments of the file's rules, in order."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
@@ -38,22 +39,26 @@ def read_rules(path: Path) -> list[tuple[str, Variant | None]]:
     return [_rule(rule, f"{path}, rule {number}") for number, rule in enumerate(rules, 1)]
 
 
-def write_rules(path: Path, rules: Iterable[tuple[str, Variant | None]]) -> None:
-    """Write the rules as TOML and move the finished file into place."""
-    tables = [
-        f"\n[[rules]]\nmodules = {_toml(modules)}\nvariant = {_toml(variant.to_dict() if variant else KEEP)}\n"
-        for modules, variant in rules
-    ]
+def write_rules(path: Path, rules: Iterable[Mapping[str, Any]]) -> None:
+    """Write the rules, given by their arguments, as TOML and move the finished file into place."""
+    tables = []
+    for rule in rules:
+        variant = rule["variant"]
+        values = {**rule, "variant": variant.to_dict() if variant else KEEP}
+        lines = "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
+        tables.append(f"\n[[rules]]\n{lines}")
     replace_file(path, _HEADER + "".join(tables))
 
 
-def _rule(table: Mapping[str, Any], where: str) -> tuple[str, Variant | None]:
-    _known(table, ("modules", "variant"), where)
+def _rule(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _known(table, ("modules", "variant", "when", "phase"), where)
     for key in ("modules", "variant"):
         if key not in table:
             raise PolicyError(f'{where}: the key "{key}" is missing; a rule has "modules" and "variant".')
     try:
-        return Glob(table["modules"]).text, _variant(table["variant"])
+        if "when" in table:
+            Condition(table["when"])
+        return {**table, "modules": Glob(table["modules"]).text, "variant": _variant(table["variant"])}
     except PolicyError as problem:
         raise PolicyError(f"{where}: {problem}") from None
 
