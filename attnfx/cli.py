@@ -115,6 +115,7 @@ def variants(
 ) -> None:
     """List what a policy can put in place of an attention: each variant's parameters and paper."""
     from attnfx import variants as registry
+    from attnfx.variant_picture import picture
     from attnfx.variant_table import described
 
     rows = described(registry.all() if name is None else {name: registry.named(name)})
@@ -125,7 +126,10 @@ def variants(
         console.print(f"[bold]{row['name']}[/bold]({row['parameters']})", highlight=False)
         console.print(f"  {row['summary']}\n  {row['exactness']}\n  {row['paper']}", highlight=False, markup=False)
         if name is not None:
-            console.print(f"\n{row['doc']}", highlight=False, markup=False)
+            example = registry.named(name).examples()[0]
+            seen = f"Which of {example.keys} keys (columns) {example.queries} queries (rows) see under {example.variant}:"
+            for text in (f"\n{row['doc']}\n", seen, picture(example)):
+                console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -13,6 +13,7 @@ import torch
 from attnfx.beside import Beside, Exact, Known
 from attnfx.composing import Composition, composed
 from attnfx.conditions import NAMES
+from attnfx.density import work
 from attnfx.errors import Objection, PolicyError
 from attnfx.expr import Call, Expr, Score, walk
 from attnfx.low_rank import low_rank
@@ -100,18 +101,23 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | N
         if isinstance(made, tuple):
             reasons = made
         elif isinstance(made, Composition):
-            return Decision(made.family, made, f'asked for by the rule "{rule.modules}"', site, variant)
+            return Decision(made.family, made, _asked(rule, variant, site), site, variant)
         else:
             beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
             plan = make_plan(changed, family(site))
             if isinstance(plan, KernelPlan):
-                return Decision(plan.family, plan, f'asked for by the rule "{rule.modules}"', changed, variant, beside)
+                return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside)
             reasons = plan
     if rule.modules not in _DEFAULTS:
         raise Objection(site.origin.module, type(variant).__name__, reasons)
     exact = _exact(site)
     reason = f"{type(variant).__name__} objects: {' '.join(reasons)} {exact.reason}"
     return Decision(exact.name, exact.kernel, reason, exact.site)
+
+
+def _asked(rule: Rule, variant: Variant, site: AttentionSite) -> str:
+    limits = "".join(f" {name} {given}" for name, given in (("when", rule.when), ("in", rule.phase)) if given is not None)
+    return "; ".join(part for part in (f'asked for by the rule "{rule.modules}"{limits}', work(variant, site)) if part)
 
 
 def _made(

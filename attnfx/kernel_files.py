@@ -73,7 +73,7 @@ def kernels_of(report: Report) -> tuple[list[Kernel], tuple[str, ...]]:
     An attention that runs in torch operations for want of a GPU has the kernel that it would run on one.
     """
     from attnfx.lowering import codegen
-    from attnfx.lowering.plan import KernelPlan, make_plan
+    from attnfx.lowering.plan import KernelPlan
 
     found: dict[tuple[str, Variant | None], Kernel] = {}
     without: dict[str, list[str]] = {}
@@ -82,14 +82,31 @@ def kernels_of(report: Report) -> tuple[list[Kernel], tuple[str, ...]]:
         if site.decision not in ("flash", "portable"):
             without.setdefault(f"nothing is generated, it runs as {site.decision}: {site.reason}", []).append(where)
             continue
-        plan = make_plan(site.site.replace(device="cuda"), "flash")
-        if not isinstance(plan, KernelPlan):
-            without.setdefault(f"there is no kernel for a GPU: {' '.join(plan)}", []).append(where)
+        plans = _plans(site)
+        if plans and isinstance(plans[0], str):
+            without.setdefault(f"there is no kernel for a GPU: {' '.join(map(str, plans))}", []).append(where)
             continue
-        key = plan.to_json(), site.variant
-        before = found[key].sites if key in found else ()
-        found[key] = Kernel(plan, codegen.source(plan), (*before, site))
+        if not plans:
+            without.setdefault("nothing is generated, it calls operators with kernels of their own", []).append(where)
+        for plan in plans:
+            assert isinstance(plan, KernelPlan)
+            key = plan.to_json(), site.variant
+            before = found[key].sites if key in found else ()
+            found[key] = Kernel(plan, codegen.source(plan), (*before, *(s for s in (site,) if s not in before)))
     return list(found.values()), tuple(f"{', '.join(modules)}: {reason}" for reason, modules in without.items())
+
+
+def _plans(site: SiteReport) -> Sequence[KernelPlan | str]:
+    """What a GPU runs in place of a site, or sentences on why it cannot."""
+    from attnfx.composing import composed
+    from attnfx.lowering.plan import KernelPlan, make_plan
+
+    there = site.site.replace(device="cuda")
+    if site.variant is not None and site.variant.is_composed():
+        made = composed(site.variant, there, "flash")
+        return made if isinstance(made, tuple) else made.plans
+    plan = make_plan(there, "flash")
+    return [plan] if isinstance(plan, KernelPlan) else plan
 
 
 def versions() -> dict[str, str]:

@@ -133,7 +133,9 @@ def test_variants_lists_paper_class_and_parameters() -> None:
     assert listed.exit_code == 0
     assert "SlidingWindow(window: int, sinks: int = 0)" in listed.stdout
     assert "arXiv:2309.17453" in listed.stdout
-    assert "window=1 leaves it alone" in _run("variants", "SlidingWindow").stdout
+    told = _run("variants", "SlidingWindow").stdout
+    assert "window=1 leaves it alone" in told
+    assert "▀███████▄·····" in told
     (row,) = json.loads(_run("variants", "SlidingWindow", "--json").stdout)
     assert row["name"] == "SlidingWindow"
 

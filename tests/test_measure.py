@@ -34,8 +34,8 @@ def wrong_first_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """The causal attention is spliced with its keys in the place of its values."""
     whole = backend._caller
 
-    def caller(splicer: Any, decision: Any) -> Any:
-        right = whole(splicer, decision)
+    def caller(splicer: Any, decision: Any, device: torch.device) -> Any:
+        right = whole(splicer, decision, device)
         return (lambda q, k, v, loads: right(q, k, k, loads)) if decision.site.is_causal else right
 
     monkeypatch.setattr(backend, "_caller", caller)

@@ -82,18 +82,16 @@ class Variant(ABC):
         return cls.compose is not Variant.compose
 
     def pairs(self, site: "AttentionSite") -> sympy.Expr:
-        """How many pairs of a query and a key one head computes, in the site's sizes: all that a causal mask leaves, if not
-        overridden."""
-        M, N = site.queries, site.keys
-        return M * N - M * (M - 1) / 2 if site.facts.causal else M * N
+        """How many pairs of a query and a key one head computes, in the site's sizes: if not overridden, all of :func:`pairs`."""
+        return pairs(site)
 
     def cost(self, site: "AttentionSite") -> Cost:
         """What a forward pass costs."""
         heads, size = site.batch * site.heads, site.dtype.itemsize
-        flops = 2 * heads * self.pairs(site) * (site.head_dim + site.value_dim)
+        flops = flops_of(site, self.pairs(site))
         rows = heads * site.queries * (site.head_dim + site.value_dim)
         columns = site.batch * site.key_heads * site.keys * (site.head_dim + site.value_dim)
-        return Cost(sympy.expand(flops), sympy.expand(size * (rows + columns)))
+        return Cost(flops, sympy.expand(size * (rows + columns)))
 
     @abstractmethod
     def reference(
@@ -130,6 +128,17 @@ class Variant(ABC):
             if name not in given and not optional:
                 raise PolicyError(f'{cls.__name__} needs the parameter "{name}", which is missing.')
         return cls(**given)
+
+
+def pairs(site: "AttentionSite") -> sympy.Expr:
+    """How many pairs of a query and a key one head of `site` has: all that a causal mask leaves."""
+    M, N = site.queries, site.keys
+    return M * N - M * (M - 1) / 2 if site.facts.causal else M * N
+
+
+def flops_of(site: "AttentionSite", pairs: sympy.Expr) -> sympy.Expr:
+    """Floating-point operations of both products, of so many pairs of a query and a key for each head."""
+    return sympy.expand(2 * site.batch * site.heads * pairs * (site.head_dim + site.value_dim))
 
 
 def whole_number(variant: Variant, name: str, least: int) -> None:
