@@ -69,6 +69,10 @@ def test_a_shipped_configuration_is_checked_against_the_plan(searched: Any) -> N
     assert "does not tune forward" in found["warnings"][0]
 
 
+def test_the_kernels_of_a_band_are_searched_with_their_second_product(searched: Any) -> None:
+    assert searched("banded") == {"close": [True] * 5, "kernels": ["forward", "query_gradient", "key_gradient"]}
+
+
 def test_nothing_is_searched_for_during_a_capture(searched: Any) -> None:
     found = searched("captured")
     assert found["during"] == 0 < found["after"]

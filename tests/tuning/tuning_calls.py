@@ -12,16 +12,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "lowering"))
 
-from lowering_sites import SCALED, B, Example, H, I, J, alibi, causal, load, side, site, window
+from band_sites import banded, tensors
+from lowering_sites import KEYS, QUERIES, SCALED, B, Example, H, I, J, alibi, causal, load, side, site, window
 
 from attnfx import expr
-from attnfx.lowering import blocks, portable
+from attnfx.lowering import bands, blocks, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.tuning.operands import Operands
 
 
 def example(name: str, **changes: Any) -> Example:
-    """A site by name: ALiBi under a causal mask, a window, a learned bias (tile, column), documents, or else causal."""
+    """A site by name: ALiBi under a causal mask, a window, a learned bias (tile, column), documents, a band, or else causal."""
+    if name == "band":
+        made = banded(keep=causal(KEYS - QUERIES), **changes)
+        return Example(name, made, tensors(made))
     heads = changes.get("heads", 4)
     learned = {
         "tile": ((heads, changes.get("queries", 37), changes.get("keys", 53)), (H, I, J)),
@@ -53,6 +57,8 @@ def forward_call(name: str, dtype: torch.dtype = torch.float32, **changes: Any) 
     q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
     given = [t.detach() for t in made.loads(torch.float32)]
     tables = [t.build(q, n, given, plan.values((), n, given)) for t in plan.tables]
+    if plan.site.band is not None:
+        tables.append(bands.build(plan.site, given, m, n, plan.values((), n, given)))
     call = Operands(plan.to_json(), q, k, v, (*given, *tables), ())
     if blocks.mask_of(call.text) is None or not blocks.worthwhile(m, n):
         return call

@@ -113,6 +113,17 @@ def winners() -> Any:
     }  # fmt: skip
 
 
+def banded() -> Any:
+    """What the search runs of kernels with a second product, forward and backward: the product is there."""
+    call = forward_call("band")
+    back = backward_call(call)
+    saved = ops.portable.Result(back.out, back.lse, back.row_max, back.row_sum, back.degenerate)
+    wanted = ops.portable.forward(*_plain(call))[:2], ops.portable.backward(*_plain(call), saved, back.grad_out, None)[:3]
+    pairs = zip((*call.results(), *back.results()), (*wanted[0], *wanted[1]), strict=True)
+    close = [torch.allclose(a, b, atol=1e-4) for a, b in pairs]
+    return {"close": close, "kernels": [*call.kernels("sm90"), *back.kernels("sm90")]}
+
+
 def _plain(call: Operands) -> tuple[Any, ...]:
     return call.plan, call.q, call.k, call.v, call.loads, call.sizes, call.seed
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast, get_args
 import torch
 from torch import Tensor
 
-from attnfx.lowering import codegen, flash, handed, launch
+from attnfx.lowering import bands, codegen, flash, handed, launch
 from attnfx.lowering.call import Program, Residuals
 from attnfx.lowering.configs import Choice, Config, Kernel, Tile
 from attnfx.lowering.gradients import BiasGradient
@@ -28,9 +28,10 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (
 )}  # fmt: skip
 
 
-class _Noise(TypedDict):
+class _Besides(TypedDict):
     dropout_p: float
     seed: Tensor | None
+    band: bands.Arguments | None
 
 
 @dataclass(frozen=True)
@@ -132,22 +133,27 @@ class Operands:
         saved = (self.out, self.lse, self.row_max, self.row_sum, self.degenerate)
         assert all(t is not None for t in saved)
         out, *rest = cast(tuple[Tensor, ...], saved)
-        plan, noise = self.plan, self._noise
+        plan, besides = self.plan, self._besides
         given: tuple[Any, ...] = (
             self.program, self.q, self.k, self.v, out, Residuals(*rest), self.grad_out, *self._side,
         )  # fmt: skip
         results: tuple[Tensor, ...] = ()
         if kernel in (None, "query_gradient", "key_gradient"):
             results = flash.backward(
-                *given, grad_lse=self.grad_lse, row_blocks=self.row_blocks, key_blocks=self.key_blocks, **noise
+                *given,
+                grad_lse=self.grad_lse,
+                row_blocks=self.row_blocks,
+                key_blocks=self.key_blocks,
+                grad_left=self._left,
+                **besides,
             )
         for g in plan.gradients:
-            if g.kind != "row" and kernel in (None, f"{g.kind}_bias"):
-                results = (*results, self._bias(g, given, noise))
+            if g.kind in flash.BIAS_KINDS and kernel in (None, f"{g.kind}_bias"):
+                results = (*results, self._bias(g, given, besides))
         return results
 
     def _forward(self) -> tuple[Tensor, Residuals]:
-        return flash.forward(self.program, self.q, self.k, self.v, *self._side, blocks=self.row_blocks, **self._noise)
+        return flash.forward(self.program, self.q, self.k, self.v, *self._side, blocks=self.row_blocks, **self._besides)
 
     @property
     def _side(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -158,14 +164,21 @@ class Operands:
         return tensors, handed.ints(plan, values, tensors)
 
     @property
-    def _noise(self) -> _Noise:
-        return _Noise(dropout_p=self.plan.site.dropout, seed=self.seed)
+    def _besides(self) -> _Besides:
+        site = self.plan.site
+        return _Besides(dropout_p=site.dropout, seed=self.seed, band=bands.arguments(site, self.loads))
 
-    def _bias(self, g: BiasGradient, given: Sequence[Any], noise: _Noise) -> Tensor:
+    @property
+    def _left(self) -> Tensor | None:
+        """Room for the gradient of a band's rows that are not the queries."""
+        band = bands.arguments(self.plan.site, self.loads)
+        return None if band is None or band[0] is None else self.q.new_empty(self.q.shape)
+
+    def _bias(self, g: BiasGradient, given: Sequence[Any], besides: _Besides) -> Tensor:
         kind = cast(flash.BiasKind, g.kind)
         return flash.bias_gradient(
             *given, kind=kind, batch_broadcast=g.batch_broadcast, head_broadcast=g.head_broadcast, inside=g.inside,
-            grad_lse=self.grad_lse, blocks=self.row_blocks, **noise,
+            grad_lse=self.grad_lse, blocks=self.row_blocks, **besides,
         )  # fmt: skip
 
     def to_data(self) -> dict[str, Any]:
