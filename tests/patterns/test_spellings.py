@@ -31,7 +31,8 @@ class Spelling:
 
     def arguments(self) -> tuple[Any, ...]:
         torch.manual_seed(0)
-        return (*(torch.randn(shape).to(self.dtype) for shape in self.shapes), *self.extra)
+        extra = (e.clone() if isinstance(e, Tensor) else e for e in self.extra)  # a test may ask for their gradients
+        return (*(torch.randn(shape).to(self.dtype) for shape in self.shapes), *extra)
 
 
 def scores(q: Tensor, k: Tensor, scale: float = 0.2) -> Tensor:

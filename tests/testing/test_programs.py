@@ -18,7 +18,7 @@ from attnfx.testing.mutations import MUTATIONS
 from attnfx.testing.program import Bias, Mask, Output, Scale, Scores, Sizes, Softmax
 from attnfx.testing.tracing import record
 
-PARTS, EACH, SEED = 12, 250, 0
+PARTS, EACH, SEED = 6, 250, 0
 LEAST_MATCHED = 0.85
 """Of the exact programs of any part; raise it as recognition learns."""
 
