@@ -10,9 +10,16 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.agent_attention import AgentAttention as AgentAttention
+    from attnfx.variants.based import Based as Based
+    from attnfx.variants.flowformer import Flowformer as Flowformer
+    from attnfx.variants.lightning import Lightning as Lightning
+    from attnfx.variants.linear_attention import LinearAttention as LinearAttention
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
+    from attnfx.variants.mala import MALA as MALA
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
+    from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
 
 
 @functools.cache
@@ -41,7 +48,8 @@ def named(name: str) -> type[Variant]:
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("_") and name in _registry():
+    # the name of a module, asked for while the variants are imported, must not walk over halves of them
+    if name[:1].isupper() and name in _registry():
         return _registry()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
