@@ -35,6 +35,7 @@ from attnfx.lowering.call import Program, Residuals
 from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened, relieved
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, backward, backward_short, bias_gradient, forward
+from attnfx.lowering.linear import samples as linear
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.templates import samples
 from attnfx.lowering.window_gradient import window_gradient
@@ -148,6 +149,8 @@ def representative(target: str) -> Iterator[Job]:
             yield Job("bias, finfo.min added", dtype, head_dim, target, decoding)
     yield Job("dense", bf16, 128, target, decoding)
     yield Job("causal", torch.float16, 80, target, decoding)
+    for program, dtype, width in linear.REPRESENTATIVE:
+        yield Job(program, dtype, width, target, linear.KERNELS)
     for head_dim in (64, 128, 256):
         yield Job("causal", torch.float32, head_dim, target)
         yield Job("bias, finfo.min added", torch.float32, head_dim, target, biases)
@@ -190,6 +193,9 @@ def reason(failure: BaseException) -> str:
 
 def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     """(kernel, launch) for what the host functions would launch at an ordinary size."""
+    if job.program in linear.PROGRAMS:
+        yield from ((n, call) for n, call in linear.calls(job.program, job.dtype, job.head_dim, job.target) if n in job.kernels)
+        return
     batch, heads, key_heads, length = 2, 8, 4, 4096
     q = torch.empty(batch, heads, length, job.head_dim, dtype=job.dtype, device="meta")
     k = torch.empty(batch, key_heads, length, job.head_dim, dtype=job.dtype, device="meta")

@@ -10,11 +10,18 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.agent_attention import AgentAttention as AgentAttention
+    from attnfx.variants.based import Based as Based
+    from attnfx.variants.flowformer import Flowformer as Flowformer
     from attnfx.variants.identity_mix import IdentityMix as IdentityMix
+    from attnfx.variants.lightning import Lightning as Lightning
+    from attnfx.variants.linear_attention import LinearAttention as LinearAttention
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
+    from attnfx.variants.mala import MALA as MALA
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.per_head import PerHead as PerHead
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
+    from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
 
 
 @functools.cache

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, default
 from attnfx.lowering.crosscompile import BANDED, LISTED, LISTS, SHORT, TARGETS, Job, check
+from attnfx.lowering.linear import samples as linear
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -52,6 +53,13 @@ def test_the_kernels_for_few_rows_compile(target: str) -> None:
     rows = check([target], [Job("bias, finfo.min added", torch.bfloat16, 32, target, SHORT)], processes=1)
     assert {row.template for row in rows} == set(SHORT)
     assert [row for row in rows if not row.ok] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_linear_attention_compiles_without_spills(target: str) -> None:
+    rows = check([target], [Job("linear, normalised", torch.bfloat16, 64, target, linear.KERNELS)], processes=1)
+    assert {row.template for row in rows} == set(linear.KERNELS)
+    assert [row for row in rows if row.spills or not row.ok] == []
 
 
 def test_unknown_target_is_refused() -> None:
