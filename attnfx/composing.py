@@ -69,7 +69,7 @@ def written(splicer: Splicer, made: Composition, site: AttentionSite, device: to
         tracer = _Tracer(splicer.graph, lambda tensor: held(splicer, tensor.to(device), shared=True), splicer.made)
 
         def core(site: AttentionSite, plan: KernelPlan, lse: bool, *tensors: Any) -> Any:
-            query, key, value, *loads = (t.node for t in tensors)
+            query, key, value, *loads = (tracer.hold(t) if isinstance(t, Tensor) else t.node for t in tensors)
             return fx.Proxy(attention_node(splicer, plan, site, query, key, value, loads, lse), tracer)
 
         def number(size: sympy.Expr) -> Any:
@@ -128,7 +128,7 @@ class OnTensors(Attend):
         query, key, value, more = operands
         plan = _plan(site, self.family)
         sizes = [self.values[s] for s in plan.symbols]
-        return operator(query, key, value, [*self.loads, *more], sizes, plan.to_json())
+        return operator(query, key, value, [*self.loads, *(t.to(self.device) for t in more)], sizes, plan.to_json())
 
     def number(self, size: sympy.Expr | int) -> int:
         return int(integer(sympy.sympify(size), self.values))

@@ -10,17 +10,29 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.a_shape import AShape as AShape
     from attnfx.variants.agent_attention import AgentAttention as AgentAttention
+    from attnfx.variants.anchor import Anchor as Anchor
     from attnfx.variants.based import Based as Based
+    from attnfx.variants.block_sparse import BlockSparse as BlockSparse
+    from attnfx.variants.dilated_window import DilatedWindow as DilatedWindow
+    from attnfx.variants.documents import Documents as Documents
     from attnfx.variants.flowformer import Flowformer as Flowformer
     from attnfx.variants.identity_mix import IdentityMix as IdentityMix
     from attnfx.variants.lightning import Lightning as Lightning
     from attnfx.variants.linear_attention import LinearAttention as LinearAttention
+    from attnfx.variants.long_range_groups import LongRangeGroups as LongRangeGroups
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.mala import MALA as MALA
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.per_head import PerHead as PerHead
+    from attnfx.variants.per_head_spans import PerHeadSpans as PerHeadSpans
+    from attnfx.variants.region_attention import RegionAttention as RegionAttention
+    from attnfx.variants.sharded import Sharded as Sharded
+    from attnfx.variants.shifted_groups import ShiftedGroups as ShiftedGroups
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
+    from attnfx.variants.streaming_heads import StreamingHeads as StreamingHeads
+    from attnfx.variants.strided import Strided as Strided
     from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
 
 

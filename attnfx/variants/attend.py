@@ -30,7 +30,7 @@ class Attend(ABC):
 
     @abstractmethod
     def __call__(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
-        """O (B,H,M,DV) of ``site``, whose side tensors are those of the model and ``more``."""
+        """O (B,H,M,DV) of ``site``, whose side tensors are those of the model and ``more``, constants on any device among them."""
 
     @abstractmethod
     def with_lse(

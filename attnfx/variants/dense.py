@@ -37,3 +37,8 @@ def mixed(weights: Tensor, v: Tensor) -> Tensor:
 def grouped(x: Tensor, of: Tensor) -> Tensor:
     """Keys or values (B, G, N, D) repeated for the query heads of `of` (B, H, ...)."""
     return x.repeat_interleave(of.shape[1] // x.shape[1], 1)
+
+
+def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The key at which each query stands, (M, 1), the last one at the last key; and the numbers of the keys, (N,)."""
+    return torch.arange(queries, device=device)[:, None] + (keys - queries), torch.arange(keys, device=device)

@@ -32,3 +32,15 @@ def position(site: AttentionSite) -> Expr:
     (the last query at the last key). Only where there are no :func:`objections`."""
     i, diagonals = expr.index("i"), site.facts.delta_low
     return i - expr.integer(diagonals[0]) if diagonals else i + site.key_length - site.query_length
+
+
+def window(site: AttentionSite, width: int, sinks: int = 0) -> Expr:
+    """Keys nearer to the query than ``width``, on either side of it, or among the first ``sinks``. What a causal mask hides
+    anyway is not said again. Only where there are no :func:`objections`."""
+    j = expr.index("j")
+    distance, most = position(site) - j, expr.integer(width - 1)
+    near = [expr.le(distance, most)]
+    if not site.facts.delta_low:
+        near.append(expr.le(-distance, most))
+    sink = expr.le(j, expr.integer(sinks - 1))
+    return expr.logical_and(*(expr.logical_or(side, sink) for side in near))

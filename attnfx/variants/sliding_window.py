@@ -49,13 +49,7 @@ class SlidingWindow(Variant):
         return positions.objections(site, "a window")
 
     def apply(self, site: AttentionSite) -> AttentionSite:
-        j = expr.index("j")
-        distance = positions.position(site) - j
-        near = [expr.le(distance, expr.integer(self.window - 1))]
-        if not site.facts.delta_low:
-            near.append(expr.le(-distance, expr.integer(self.window - 1)))
-        sink = expr.le(j, expr.integer(self.sinks - 1))
-        return site.replace(keep=expr.logical_and(site.keep, *(expr.logical_or(side, sink) for side in near)))
+        return site.replace(keep=expr.logical_and(site.keep, positions.window(site, self.window, self.sinks)))
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         width = self.window if site.facts.causal else 2 * self.window - 1
