@@ -17,7 +17,7 @@ from attnfx.errors import PolicyError
 from attnfx.site import AttentionSite
 from attnfx.variants import dense
 from attnfx.variants.attend import Attend, Within
-from attnfx.variants.base import Example, Variant
+from attnfx.variants.base import Example, Variant, pairs
 
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _MOST_HEADS = 10_000
@@ -89,7 +89,7 @@ class PerHead(Variant):
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         """The mean over heads."""
         found = [
-            len(run) * (variant.pairs if variant is not None else super().pairs)(of_heads(site, run))
+            len(run) * (variant.pairs if variant is not None else pairs)(of_heads(site, run))
             for run, variant in self._runs(int(site.heads))
         ]
         return sympy.Add(*found) / site.heads
