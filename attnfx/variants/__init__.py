@@ -11,9 +11,11 @@ from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
     from attnfx.variants.affine_scaled import AffineScaled as AffineScaled
+    from attnfx.variants.block_top_k import BlockTopK as BlockTopK
     from attnfx.variants.gated_output import GatedOutput as GatedOutput
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
+    from attnfx.variants.pooled_blocks import PooledBlocks as PooledBlocks
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
     from attnfx.variants.temperature import Temperature as Temperature
 
