@@ -165,7 +165,7 @@ def test_blocks_of_rows_meet_the_keys_that_are_kept(name: str, way: str, monkeyp
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "group", ["lists", "documents", "regions", "neighbourhood", "window", "padding", "lengths", "times", "bias"]
+    "group", ["lists", "documents", "regions", "neighbourhood", "window", "padding", "lengths", "times", "table", "bias"]
 )
 def test_kernels_walk_lists_in_interpreter(group: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
