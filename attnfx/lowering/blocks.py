@@ -195,9 +195,9 @@ def _table_ends(
     rows, columns = (WALKED, OWN) if by_keys else (OWN, WALKED)
     down, across = -(-queries // rows), -(-keys // columns)
     low, high = lists.new_empty((2, batch, heads, down, across), dtype=torch.int64).unbind(0)
-    samples = profile.samples(rows, columns)
+    samples, grid = profile.samples(rows, columns), (batch * heads * down * -(-across // VECTOR),)
     run(
-        table_ends, (batch * heads * down * -(-across // VECTOR),), low, high, pointers, numbers, heads, queries, keys, down, across,
+        table_ends, grid, low, high, pointers, numbers, heads, queries, keys, down, across,
         VALUE=value, ROWS=rows, COLUMNS=columns, STEP_I=profile.steps[0], STEP_J=profile.steps[1], COUNT_I=samples[0],
         COUNT_J=samples[1], VECTOR=VECTOR, num_warps=1,
     )  # fmt: skip

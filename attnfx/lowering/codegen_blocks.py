@@ -23,8 +23,8 @@ class Classifier:
     """The compiled functions of one mask.
 
     values     VALUE(b, h, i, j, loads, ints): one for each profile of the enclosure, of which only the index of its side counts
-    classify   CLASSIFY(b, h, i_first, i_last, j_first, j_last, i_at, j_at, ij_at, ends, ints) -> (certainly kept, possibly kept) of a
-               tile; ``ends``: pointers to the least and to the largest value of each profile, in which ``i_at``, ``j_at`` and
+    classify   CLASSIFY(b, h, i_first, i_last, j_first, j_last, i_at, j_at, ij_at, ends, ints) -> (certainly kept, possibly kept)
+               of a tile; ``ends``: pointers to the least and to the largest value of each profile, in which ``i_at``, ``j_at`` and
                ``ij_at`` are the places of the tile
     """
 

@@ -22,8 +22,8 @@ class BlockTopK(Variant):
 
     A page's score is the mean of q.k over its keys, with q the mean over the query heads that share a key head of the block's
     first query. In a decode step that is the paper's choice. In a prefill `query_block` queries share it, as nothing of their
-    future may choose: only pages complete at the first query take part, and `query_block=1` chooses for every query. Whole pages are
-    kept, also for `sinks` and `window`.
+    future may choose: only pages complete at the first query take part, and `query_block=1` chooses for every query. Whole
+    pages are kept, also for `sinks` and `window`.
     """
 
     top: int = 64

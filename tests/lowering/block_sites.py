@@ -76,8 +76,7 @@ def tables() -> Iterator[Example]:
         chosen = torch.rand(BATCH, 2, -(-(QUERIES + shift) // rows), -(-KEYS // columns), generator=generator) < 0.15
         at = expr.floordiv(I + shift, expr.integer(rows)), expr.floordiv(J, expr.integer(columns))
         table = load(0, B, H, *at, dtype=torch.bool)
-        keep = table if columns < 100 else expr.logical_and(causal(70), table)
-        made = sized(keep, side=(side(*chosen.shape, dtype=torch.bool),), heads=2, empty_rows="zero")
+        made = sized(expr.logical_and(causal(70), table), side=(side(*chosen.shape, dtype=torch.bool),), heads=2, empty_rows="zero")
         yield Example(f"table of {rows} x {columns} from {shift}", made, lambda dtype, chosen=chosen: (chosen,))
 
 
