@@ -80,7 +80,8 @@ def _table_ends(
         at.append(torch.minimum(first + torch.arange(count, device=device) * step, last).flatten())
     points = {**_points(t, device), "i": at[0][:, None], "j": at[1]}
     value = evaluate(profile.value, points, loads, values, clamp=True).long()
-    value = value.expand(t.batch, t.heads, *(len(a) for a in at)).unflatten(3, (-1, counts[1])).unflatten(2, (-1, counts[0]))
+    value = value.expand(t.batch, t.heads, *(len(a) for a in at))
+    value = torch.unflatten(torch.unflatten(value, 3, (-1, counts[1])), 2, (-1, counts[0]))
     return value.amin((3, 5)), value.amax((3, 5))
 
 

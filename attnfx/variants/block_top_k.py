@@ -76,7 +76,7 @@ class BlockTopK(Variant):
         with torch.no_grad():
             for first in range(0, M, self.query_block):
                 at = first + N - M if ordered else N
-                one = q[:, :, first].unflatten(1, (-1, group)).mean(2).repeat_interleave(group, 1)
+                one = torch.unflatten(q[:, :, first], 1, (-1, group)).mean(2).repeat_interleave(group, 1)
                 dots = torch.einsum("bhd,bhjd->bhj", one.double(), dense.grouped(k, q).double())
                 pages = [range(j, min(j + self.page, N)) for j in range(0, N, self.page)]
                 score = torch.stack([dots[..., p.start : p.stop].mean(-1) for p in pages], -1)
