@@ -18,22 +18,34 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.expr import FALSE, TRUE, Call, Const, Expr, Int, Load
+from attnfx.expr import FALSE, INDEX, TRUE, Call, Const, Expr, Int, Load
+from attnfx.integers import FloorDiv
 from attnfx.interval_arithmetic import Interval, every, fits, of_floats, of_integers, of_positions, widened, within
 from attnfx.nodes import has_score
 
 #: Float operations that round nothing.
 _EXACT = frozenset(("neg", "abs", "min", "max", "where", "floor"))
 _BOOL = torch.bool
+#: Tables of smaller blocks are not looked through: a tile meets too many of them.
+LEAST_STEP = 8
 
 
 @dataclass(frozen=True)
 class Profile:
     """A value of one side: of b, h and i, or of b, h and j (``side``). Its ends in a tile are the loads ``2 n`` and ``2 n + 1``,
-    without indices, for the profile at place ``n``; a NaN among the values makes both ends NaN."""
+    without indices, for the profile at place ``n``; a NaN among the values makes both ends NaN.
+
+    Or an element of a table of blocks, of both sides (``"ij"``): it depends on the position of each only by a quotient, with the
+    divisors ``steps``. Positions a step apart, and the tile's last, therefore meet all of its values.
+    """
 
     value: Expr
     side: str
+    steps: tuple[int, int] = (1, 1)
+
+    def samples(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many queries and keys of a tile of ``rows`` x ``columns`` meet all values."""
+        return -(-(rows - 1) // self.steps[0]) + 1, -(-(columns - 1) // self.steps[1]) + 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,27 @@ def _profiled(e: Expr) -> bool:
     return any(isinstance(n, Load) for n in nodes) and all(_reproducible(n) for n in nodes)
 
 
+def _steps(e: Expr) -> tuple[int, int] | None:
+    """The divisors of i and of j, where ``e`` is an integer or boolean element of a table of blocks; None of anything else."""
+    if not isinstance(e, Load) or e.dtype.is_floating_point or not all(isinstance(x, Int) for x in e.indices):
+        return None
+    values = [x.value for x in e.indices if isinstance(x, Int)]
+    found = []
+    for name in "ij":
+        position = INDEX[name]
+        quotients = {q for v in values for q in v.atoms(FloorDiv) if q.has(position)}
+        if len(quotients) != 1:
+            return None
+        (quotient,) = quotients
+        moved, step = quotient.args
+        shift = sympy.expand(moved - position)
+        apart = [v.xreplace({quotient: sympy.Dummy()}) for v in values]
+        if not step.is_Integer or step < LEAST_STEP or shift.has(*INDEX.values()) or any(v.has(position) for v in apart):
+            return None
+        found.append(int(step))
+    return found[0], found[1]
+
+
 def _reproducible(n: Expr) -> bool:
     if not isinstance(n, Call) or n.op in expr.COMPARE:
         return True
@@ -102,14 +135,16 @@ class _Work:
 
     def _ends(self, e: Expr) -> tuple[Load, Load]:
         """The ends of a profile; of a boolean one, as integers."""
-        place = self.profiles.setdefault(Profile(e, "j" if expr.depends_on(e, "j") else "i"), len(self.profiles))
+        steps = _steps(e)
+        profile = Profile(e, "ij", steps) if steps else Profile(e, "j" if expr.depends_on(e, "j") else "i")
+        place = self.profiles.setdefault(profile, len(self.profiles))
         dtype = e.dtype if e.dtype.is_floating_point else torch.int64
         return Load(2 * place, (), dtype), Load(2 * place + 1, (), dtype)
 
     def _truth(self, e: Expr) -> _Truth:
         if isinstance(e, Const):
             return _Truth(e, e)
-        if _profiled(e):
+        if _profiled(e) or _steps(e):
             low, high = self._ends(e)
             return _Truth(expr.ne(low, expr.integer(0)), expr.ne(high, expr.integer(0)))
         if not isinstance(e, Call):
@@ -176,7 +211,7 @@ class _Work:
             return of_positions(e.value)
         if isinstance(e, Const):
             return None if e.dtype == _BOOL else Interval(e, e)
-        if _profiled(e):
+        if _profiled(e) or _steps(e):
             low, high = self._ends(e)
             return Interval(low, high, expr.eq(low, low))  # false of NaN
         if e.dtype == _BOOL:

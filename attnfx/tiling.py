@@ -55,7 +55,9 @@ def profile_ends(
     profile: Profile, tiling: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The least and the largest value of a profile in each tile of its side, (batch, heads, row tiles, 1) or
-    (batch, heads, 1, key tiles)."""
+    (batch, heads, 1, key tiles); of a table of blocks in each tile."""
+    if profile.side == "ij":
+        return _table_ends(profile, tiling, loads, values, device)
     t, rows = tiling, profile.side == "i"
     length, step = (t.queries, t.rows) if rows else (t.keys, t.columns)
     at = torch.arange(-(-length // step) * step, device=device).clamp(
@@ -66,6 +68,21 @@ def profile_ends(
     tiles = value.expand(t.batch, t.heads, 1, at.numel())[:, :, 0].reshape(t.batch, t.heads, -1, step)
     low, high = tiles.amin(-1), tiles.amax(-1)  # a NaN is both
     return (low[..., None], high[..., None]) if rows else (low[..., None, :], high[..., None, :])
+
+
+def _table_ends(
+    profile: Profile, t: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    at, counts = [], profile.samples(t.rows, t.columns)
+    for length, size, step, count in zip((t.queries, t.keys), (t.rows, t.columns), profile.steps, counts, strict=True):
+        first = torch.arange(0, length, size, device=device)[:, None]
+        last = (first + size).clamp(max=length) - 1
+        at.append(torch.minimum(first + torch.arange(count, device=device) * step, last).flatten())
+    points = {**_points(t, device), "i": at[0][:, None], "j": at[1]}
+    value = evaluate(profile.value, points, loads, values, clamp=True).long()
+    value = value.expand(t.batch, t.heads, *(len(a) for a in at))
+    value = torch.unflatten(torch.unflatten(value, 3, (-1, counts[1])), 2, (-1, counts[0]))
+    return value.amin((3, 5)), value.amax((3, 5))
 
 
 def _points(t: Tiling, device: torch.device) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import sympy
 import torch
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from attnfx import expr
 from attnfx.evaluate import Value
 from attnfx.expr import Expr, Int, Load, Score
-from attnfx.intervals import Enclosure, enclose
+from attnfx.intervals import Enclosure, Profile, enclose
 from attnfx.lowering.configs import OWN, WALKED
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.tables import size_symbol
@@ -77,6 +78,10 @@ def _tried(found: Enclosure) -> bool:
     with _disable_current_modes():
         ends: list[Tensor] = []
         for p in found.profiles:
+            if p.side == "ij":
+                rows, columns = (torch.arange(-(-_TRIED // step)) for step in (OWN, WALKED))
+                ends += [(rows[:, None] + columns) % 2] * 2
+                continue
             step = OWN if p.side == "i" else WALKED
             at = torch.arange(0, _TRIED, step) // 512
             value = at.float() if p.value.dtype.is_floating_point else at % 2 if p.value.dtype == torch.bool else at
@@ -161,6 +166,9 @@ def build(
     ends = list[Tensor]()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for profile, value in zip(made.enclosure.profiles, made.values, strict=True):
+            if profile.side == "ij":
+                ends += _table_ends(profile, value, pointers, numbers, lists, queries, keys, by_keys)
+                continue
             of_keys, floats = profile.side == "j", profile.value.dtype.is_floating_point
             tiles, step = (own_tiles, OWN) if of_keys == by_keys else (walked_tiles, WALKED)
             both = torch.empty((2, batch, heads, tiles), dtype=torch.float32 if floats else torch.int64, device=device)
@@ -174,6 +182,26 @@ def build(
             walked_tiles, CLASSIFY=made.classify, BY_KEYS=by_keys, OWN=OWN, WALKED=WALKED, VECTOR=VECTOR, num_warps=1,
         )  # fmt: skip
     return lists
+
+
+def _table_ends(
+    profile: Profile, value: Any, pointers: Any, numbers: Any, lists: Tensor, queries: int, keys: int, by_keys: bool
+) -> tuple[Tensor, Tensor]:
+    """The ends of a table of blocks, int64 (batch, heads, row tiles, key tiles)."""
+    from attnfx.lowering.launch import run
+    from attnfx.lowering.templates.classify import table_ends
+
+    batch, heads = lists.shape[:2]
+    rows, columns = (WALKED, OWN) if by_keys else (OWN, WALKED)
+    down, across = -(-queries // rows), -(-keys // columns)
+    low, high = lists.new_empty((2, batch, heads, down, across), dtype=torch.int64).unbind(0)
+    samples, grid = profile.samples(rows, columns), (batch * heads * down * -(-across // VECTOR),)
+    run(
+        table_ends, grid, low, high, pointers, numbers, heads, queries, keys, down, across,
+        VALUE=value, ROWS=rows, COLUMNS=columns, STEP_I=profile.steps[0], STEP_J=profile.steps[1], COUNT_I=samples[0],
+        COUNT_J=samples[1], VECTOR=VECTOR, num_warps=1,
+    )  # fmt: skip
+    return low, high
 
 
 def plain(

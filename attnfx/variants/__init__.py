@@ -11,13 +11,16 @@ from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
     from attnfx.variants.a_shape import AShape as AShape
+    from attnfx.variants.affine_scaled import AffineScaled as AffineScaled
     from attnfx.variants.agent_attention import AgentAttention as AgentAttention
     from attnfx.variants.anchor import Anchor as Anchor
     from attnfx.variants.based import Based as Based
     from attnfx.variants.block_sparse import BlockSparse as BlockSparse
+    from attnfx.variants.block_top_k import BlockTopK as BlockTopK
     from attnfx.variants.dilated_window import DilatedWindow as DilatedWindow
     from attnfx.variants.documents import Documents as Documents
     from attnfx.variants.flowformer import Flowformer as Flowformer
+    from attnfx.variants.gated_output import GatedOutput as GatedOutput
     from attnfx.variants.identity_mix import IdentityMix as IdentityMix
     from attnfx.variants.lightning import Lightning as Lightning
     from attnfx.variants.linear_attention import LinearAttention as LinearAttention
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.per_head import PerHead as PerHead
     from attnfx.variants.per_head_spans import PerHeadSpans as PerHeadSpans
+    from attnfx.variants.pooled_blocks import PooledBlocks as PooledBlocks
     from attnfx.variants.region_attention import RegionAttention as RegionAttention
     from attnfx.variants.sharded import Sharded as Sharded
     from attnfx.variants.shifted_groups import ShiftedGroups as ShiftedGroups
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from attnfx.variants.streaming_heads import StreamingHeads as StreamingHeads
     from attnfx.variants.strided import Strided as Strided
     from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
+    from attnfx.variants.temperature import Temperature as Temperature
 
 
 @functools.cache

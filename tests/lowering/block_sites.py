@@ -66,6 +66,18 @@ def masks() -> Iterator[Example]:
     yield Example("lengths", sized(ends, side=(side(BATCH, dtype=INT),)), lambda dtype: (lengths,))
     floats = expr.le(expr.call("abs", load(0, B, I) - load(0, B, J)), expr.lift(2.5))
     yield Example("times", sized(floats, side=(side(BATCH, KEYS),)), lambda dtype: (torch.arange(BATCH * KEYS).view(2, -1) / 16,))
+    yield from tables()
+
+
+def tables() -> Iterator[Example]:
+    """Tables of blocks, smaller and larger than tiles, aligned with them or not."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, columns, shift in ((64, 16, 0), (24, 40, 5), (200, 130, 0)):
+        chosen = torch.rand(BATCH, 2, -(-(QUERIES + shift) // rows), -(-KEYS // columns), generator=generator) < 0.15
+        at = expr.floordiv(I + shift, expr.integer(rows)), expr.floordiv(J, expr.integer(columns))
+        table = load(0, B, H, *at, dtype=torch.bool)
+        made = sized(expr.logical_and(causal(70), table), side=(side(*chosen.shape, dtype=torch.bool),), heads=2, empty_rows="zero")
+        yield Example(f"table of {rows} x {columns} from {shift}", made, lambda dtype, chosen=chosen: (chosen,))
 
 
 def biased() -> Iterator[Example]:

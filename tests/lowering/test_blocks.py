@@ -81,7 +81,8 @@ def test_lists_hold_every_tile_that_is_kept(name: str, by_keys: bool) -> None:
     assert not bool((full & ~every).any())
     assert not bool((some & ~(partial | full)).any())
     # and nothing else, but where two parts of a mask exclude one another in a tile that both reach
-    if name not in ("neighbourhood", "dilation in documents", "regions of heads", "times", "padding, nan", "padding, zero"):
+    loose = ("neighbourhood", "dilation in documents", "regions of heads", "times", "padding", "table of 64", "table of 24")
+    if not name.startswith(loose):
         assert torch.equal((partial | full).expand(some.shape), some)
         assert torch.equal(full.expand(every.shape), every)
     assert float((partial | full).float().mean()) < 0.75
@@ -165,7 +166,7 @@ def test_blocks_of_rows_meet_the_keys_that_are_kept(name: str, way: str, monkeyp
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    "group", ["lists", "documents", "regions", "neighbourhood", "window", "padding", "lengths", "times", "bias"]
+    "group", ["lists", "documents", "regions", "neighbourhood", "window", "padding", "lengths", "times", "table", "bias"]
 )
 def test_kernels_walk_lists_in_interpreter(group: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")

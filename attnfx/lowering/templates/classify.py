@@ -36,6 +36,37 @@ def profile_ends(
         tl.store(high + out, tl.max(value, 1), mask=there)
 
 
+@triton.jit(do_not_specialize=["heads", "M", "N", "down", "across"])
+def table_ends(
+    low, high, loads, ints, heads, M, N, down, across, VALUE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP_I: tl.constexpr, STEP_J: tl.constexpr, COUNT_I: tl.constexpr, COUNT_J: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """low, high (batch, heads, down, across) int64: the ends of VALUE, which is met in full by COUNT_I x COUNT_J positions a step
+    apart, over each tile of ROWS x COLUMNS. Grid (batch * heads * down * groups of VECTOR tiles,)."""
+    groups = tl.cdiv(across, VECTOR)
+    row = tl.program_id(0) // groups
+    bh = row // down
+    b = bh // heads
+    h = bh % heads
+    tile = tl.program_id(0) % groups * VECTOR + tl.arange(0, VECTOR)
+    there = tile < across
+    i_first = row % down * ROWS
+    i_last = tl.minimum(i_first + ROWS, M) - 1
+    j_first = tl.minimum(tile, across - 1) * COLUMNS
+    j_last = tl.minimum(j_first + COLUMNS, N) - 1
+    least = tl.full([VECTOR], 2**62, tl.int64)
+    most = tl.full([VECTOR], -(2**62), tl.int64)
+    for place in range(COUNT_I * COUNT_J):
+        i = tl.minimum(i_first + place // COUNT_J * STEP_I, i_last) + tile * 0
+        j = tl.minimum(j_first + place % COUNT_J * STEP_J, j_last)
+        value = (VALUE(b, h, i, j, loads, ints) + tl.zeros([VECTOR], tl.int32)).to(tl.int64)
+        least = tl.minimum(least, value)
+        most = tl.maximum(most, value)
+    out = row.to(tl.int64) * across + tile
+    tl.store(low + out, least, mask=there)
+    tl.store(high + out, most, mask=there)
+
+
 @triton.jit(do_not_specialize=["heads", "M", "N", "own_tiles", "walked_tiles"])
 def tile_lists(
     lists,
@@ -74,12 +105,14 @@ def tile_lists(
             whole = first + WALKED <= M
             last = tl.minimum(first + WALKED, M) - 1
             own_last = tl.minimum(own_first + OWN, N) - 1
-            must, may = CLASSIFY(b, h, first, last, own_first, own_last, walked_at, own_at, ends, ints)
+            must, may = CLASSIFY(b, h, first, last, own_first, own_last, walked_at, own_at, walked_at * own_tiles + own, ends, ints)
         else:
             whole = first + WALKED <= N
             last = tl.minimum(first + WALKED, N) - 1
             own_last = tl.minimum(own_first + OWN, M) - 1
-            must, may = CLASSIFY(b, h, own_first, own_last, first, last, own_at, walked_at, ends, ints)
+            must, may = CLASSIFY(
+                b, h, own_first, own_last, first, last, own_at, walked_at, own_at * walked_tiles + walked, ends, ints
+            )
         is_full = there & whole & must
         is_partial = (there & (may | must)) & (is_full == 0)
         places = tl.cumsum(is_partial.to(tl.int32), 0)

@@ -1,0 +1,111 @@
+"""Blocks of keys chosen for blocks of queries: a boolean table (B, H, blocks of queries, blocks of keys) that the mask reads.
+
+Under a causal mask nothing of the future takes part in a choice. A block of queries chooses by queries that are not after its first
+one, among the blocks of keys that are complete at the first one's position. The others that it reaches, which hold the positions
+of its own queries, are kept without choosing. Indices are constants to gradients, since none flow through a choice.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnfx import expr
+from attnfx.site import AttentionSite
+from attnfx.variants.attend import Attend, beside, read
+
+
+def objections(site: AttentionSite) -> tuple[str, ...]:
+    """Why blocks cannot be chosen."""
+    M, N = site.queries, site.keys
+    if not (M.is_Integer and N.is_Integer and site.heads.is_Integer and site.key_heads.is_Integer):
+        return (f"There are {M} queries and {N} keys; blocks are chosen among numbers known when the graph is compiled.",)
+    if site.facts.delta_low:
+        if site.facts.delta_low == (M - N,) and N >= M:
+            return ()
+        return (f"The mask is {site.keep}; blocks are chosen under a causal mask whose last query stands at the last key.",)
+    if site.facts.full:
+        return ()
+    return (f"The mask is {site.keep}, and is not causal: blocks that are chosen might hold no key that it keeps.",)
+
+
+def ordered(site: AttentionSite) -> bool:
+    """Whether queries stand among the keys: under a causal mask, and a single query, which stands at the last key."""
+    return bool(site.facts.delta_low) or site.queries == 1
+
+
+def blocks(length: sympy.Expr, size: int) -> int:
+    """How many blocks there are."""
+    return -(-int(length) // size)
+
+
+def pooled(x: Tensor, length: sympy.Expr, size: int) -> Tensor:
+    """The means of blocks of ``size`` rows of x (B, H, length, D), (B, H, blocks, D); the last block may have fewer rows."""
+    number, count = blocks(length, size), int(length)
+    sums = torch.sum(torch.unflatten(pad(x, (0, 0, 0, number * size - count)), 2, (number, size)), 3)
+    rows = torch.full((number, 1), float(size))
+    rows[-1] = count - (number - 1) * size
+    return torch.div(sums, rows.to(torch.float64))
+
+
+def led(x: Tensor, length: sympy.Expr, size: int) -> Tensor:
+    """For each block of ``size`` rows the mean of the ``size`` rows up to and with its first, as far as there are so many."""
+    number = blocks(length, size)
+    before = pad(x, (0, 0, size - 1, number * size - (size - 1) - int(length))) if size > 1 else x
+    sums = torch.sum(torch.unflatten(before, 2, (number, size)), 3)
+    rows = torch.full((number, 1), float(size), dtype=torch.float64)
+    rows[0] = 1
+    return torch.div(sums, rows)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, without a gradient: a choice does not hang on rounding."""
+    return torch.ops.aten._to_copy.default(torch.detach(x), dtype=torch.float64)  # type: ignore[no-any-return]
+
+
+def chosen(attend: Attend, scores: Tensor, top: int, size: tuple[int, int], sinks: int = 0, local: int = 0) -> Tensor:
+    """The table (B, H, I, J) from scores of blocks: the ``top`` best of those complete at the block's first query, those of the
+    first ``sinks`` keys, those of the last ``local`` keys before it, and those that its own queries stand in."""
+    site, (rows, columns) = attend.site, size
+    number = blocks(site.keys, columns)
+    best = min(top, number)
+    first_key = torch.mul(attend.arange(number), columns)
+    always = torch.lt(first_key, sinks)
+    if ordered(site):
+        at = torch.unsqueeze(
+            torch.add(torch.mul(attend.arange(blocks(site.queries, rows)), rows), int(site.keys - site.queries)), 1
+        )
+        complete = torch.le(torch.add(first_key, columns - 1), at)
+        always = torch.logical_or(always, torch.gt(torch.add(first_key, columns - 1), torch.sub(at, local)))
+        scores = torch.masked_fill(scores, torch.logical_not(complete), float("-inf"))
+    where = torch.ops.aten.topk.default(scores, best)[1]
+    picked = torch.scatter(torch.zeros_like(scores, dtype=torch.bool), 3, where, True)
+    if ordered(site):
+        picked = torch.logical_and(picked, complete)
+    return torch.logical_or(picked, always)
+
+
+def masked(site: AttentionSite, size: tuple[int, int]) -> AttentionSite:
+    """``site`` whose mask reads a table in blocks of ``size``, one more side tensor than it had."""
+    rows, columns = size
+    shape = (site.batch, site.heads, blocks(site.queries, rows), blocks(site.keys, columns))
+    made, slot = beside(site, shape, torch.bool)
+    b, h, i, j = (expr.index(name) for name in "bhij")
+    table = read(slot, b, h, expr.floordiv(i, expr.integer(rows)), expr.floordiv(j, expr.integer(columns)), dtype=torch.bool)
+    return made.replace(keep=expr.logical_and(site.keep, table))
+
+
+def opened(table: Tensor, size: tuple[int, int], queries: int, keys: int) -> Tensor:
+    """A table for every pair, (B, H, M, N), for an oracle."""
+    return table.repeat_interleave(size[0], 2)[:, :, :queries].repeat_interleave(size[1], 3)[..., :keys]
+
+
+def stated(score: Tensor, complete: list[int], always: list[bool], top: int) -> Tensor:
+    """For an oracle: of one block of queries, which blocks are kept (B, H, J), from scores (B, H, J)."""
+    kept = torch.tensor(always, device=score.device).expand(score.shape).clone()
+    for rank in range(min(top, len(complete))):
+        order = score[..., complete].argsort(-1, descending=True)[..., rank]
+        kept.scatter_(-1, torch.tensor(complete, device=score.device)[order][..., None], True)
+    return kept
