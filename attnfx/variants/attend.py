@@ -47,6 +47,10 @@ class Attend(ABC):
         """0, 1, ... below ``end``, int64, on the device."""
 
     @abstractmethod
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A tensor that the variant computed, on the device; in a graph one of its buffers."""
+
+    @abstractmethod
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Zeros on the device."""
 
