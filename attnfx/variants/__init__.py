@@ -11,6 +11,7 @@ from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
+    from attnfx.variants.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
 
