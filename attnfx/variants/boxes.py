@@ -86,11 +86,10 @@ class Boxes:
     def cells(self) -> int:
         return math.prod(a.length for a in self.axes)
 
-    @cached_property
-    def tile(self) -> tuple[int, ...]:
+    def tile(self, ranges: bool) -> tuple[int, ...]:
         """Sizes of a tile along the axes, with KEYS tokens at most: of those the one whose order lets blocks of ROWS queries meet
         the least tiles of KEYS keys, or a few more where no tile is cut, so that views and a copy give the order. The most
-        promising ones are counted."""
+        promising ones are counted. ``ranges``: a block meets all tiles from the first to the last that it sees."""
         powers = [2**n for n in range(KEYS.bit_length())]
 
         def cost(shape: tuple[int, ...]) -> float:
@@ -98,13 +97,13 @@ class Boxes:
             return math.prod(_met(*each) for each in spans) * (1.0 if self.even(shape) else UNEVEN)
 
         def count(shape: tuple[int, ...]) -> float:
-            return self._tiles_met(shape) * (1.0 if self.even(shape) else UNEVEN)
+            return self._tiles_met(shape, ranges) * (1.0 if self.even(shape) else UNEVEN)
 
         shapes = itertools.product(*([t for t in powers if t <= max(a.runs)] for a in self.axes))
         promising = sorted((s for s in shapes if math.prod(s) <= KEYS), key=cost)[:COUNTED]
         return min((*promising, (1,) * len(self.axes)), key=count)
 
-    def _tiles_met(self, tile: tuple[int, ...]) -> int:
+    def _tiles_met(self, tile: tuple[int, ...], ranges: bool) -> int:
         """How many tiles of keys the blocks of queries meet, in the order that ``tile`` gives."""
         rows = self.table(self.order(tile)).long()
         met = torch.ones((), dtype=torch.bool)
@@ -112,6 +111,10 @@ class Boxes:
             place, low, high = rows[1 + 3 * n : 4 + 3 * n]
             met = met & (_by(low, ROWS).amin(1)[:, None] <= _by(place, KEYS).amax(1))
             met = met & (_by(high, ROWS).amax(1)[:, None] >= _by(place, KEYS).amin(1))
+        if ranges:
+            at = torch.arange(met.shape[1])
+            first, last = at.where(met, met.shape[1]).amin(1), at.where(met, -1).amax(1)
+            return int((last - first + 1).sum())
         return int(met.sum())
 
     def _spans(self, tile: tuple[int, ...], tokens: int) -> list[int]:
@@ -153,10 +156,10 @@ class Boxes:
             rows.append(torch.tensor(axis.high)[x].masked_fill(further, axis.length))
         return torch.stack(rows).int()
 
-    def sizes(self) -> list[int]:
+    def sizes(self, tile: tuple[int, ...]) -> list[int]:
         """The layout as :meth:`order` takes it apart where it is even: of each axis its runs, tiles, places, and dilation."""
         found = []
-        for a, t in zip(self.axes, self.tile, strict=True):
+        for a, t in zip(self.axes, tile, strict=True):
             found += [len(a.starts) // a.dilation, a.runs[0] // t, t, a.dilation]
         return found
 
@@ -195,34 +198,51 @@ def objections(site: AttentionSite, layout: tuple[int, ...], extra: int = 0) -> 
 def attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, boxes: Boxes) -> Tensor:
     """The attention of ``attend`` in which the tokens see what ``boxes`` lets them, and the model."""
     free, causal = _free(attend.site)
-    order, table = _tables(boxes, free)
-    site, slot = beside(attend.site, table.shape, torch.int32)
-
-    def at(row: int, index: Expr) -> Expr:
-        return read(slot, expr.integer(row), index, dtype=torch.int32)
-
-    terms: list[Expr] = []
-    for n, axis in enumerate(boxes.axes):
-        if not axis.whole:
-            place = at(1 + 3 * n, J)
-            terms += [expr.le(at(2 + 3 * n, I), place), expr.le(place, at(3 + 3 * n, I))]
-    near = expr.logical_and(*terms)
-    if boxes.extra:
-        near = expr.logical_or(near, _further(boxes, free))
+    made = _arranged(boxes, free, ranges=attend.device.type == "cpu")  # whose blocks read a range of keys
+    site, slot = beside(attend.site, made.table.shape, torch.int32)
+    near = visible(made, slot, free)
+    if near == expr.TRUE:
+        return attend(attend.site, query, key, value)
     if not free:
-        return attend(site.replace(keep=expr.logical_and(site.keep, near)), query, key, value, [attend.constant(table)])
+        return attend(site.replace(keep=expr.logical_and(site.keep, near)), query, key, value, [attend.constant(made.table)])
     if causal:
-        near = expr.logical_and(near, expr.le(at(0, J), at(0, I)))
+        near = expr.logical_and(near, expr.le(_number(slot, 0, J), _number(slot, 0, I)))
     # a token sees itself, so no row is empty
     site = site.replace(keep=near, fill=-math.inf, additive=False, empty_rows="zero")
-    query, key, value = (_moved(attend, x, boxes, order) for x in (query, key, value))
-    return _back(attend, attend(site, query, key, value, [attend.constant(table)]), boxes, order)
+    query, key, value = (_moved(attend, x, made) for x in (query, key, value))
+    return _back(attend, attend(site, query, key, value, [attend.constant(made.table)]), made)
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """A layout in an order: ``tile`` gives it, or else it is the model's own."""
+
+    boxes: Boxes
+    tile: tuple[int, ...]
+    order: Tensor
+    table: Tensor
 
 
 @lru_cache(maxsize=64)
-def _tables(boxes: Boxes, free: bool) -> tuple[Tensor, Tensor]:
-    order = boxes.order(boxes.tile) if free else torch.arange(boxes.cells + boxes.extra)
-    return order, boxes.table(order)
+def _arranged(boxes: Boxes, free: bool, ranges: bool) -> _Arranged:
+    tile = boxes.tile(ranges) if free else ()
+    order = boxes.order(tile) if free else torch.arange(boxes.cells + boxes.extra)
+    return _Arranged(boxes, tile, order, boxes.table(order))
+
+
+def visible(made: _Arranged, slot: int, free: bool) -> Expr:
+    """Whether the token at place i sees the one at place j, by the table in ``slot``."""
+    terms: list[Expr] = []
+    for n, axis in enumerate(made.boxes.axes):
+        if not axis.whole:
+            place, low, high = (_number(slot, 1 + 3 * n + row, index) for row, index in enumerate((J, I, I)))
+            terms += [expr.le(low, place), expr.le(place, high)]
+    near = expr.logical_and(*terms)
+    return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
+
+
+def _number(slot: int, row: int, index: Expr) -> Expr:
+    return read(slot, expr.integer(row), index, dtype=torch.int32)
 
 
 def _free(site: AttentionSite) -> tuple[bool, bool]:
@@ -241,22 +261,24 @@ def _further(boxes: Boxes, free: bool) -> Expr:
     return expr.le(expr.integer(boxes.cells), J)
 
 
-def _moved(attend: Attend, x: Tensor, boxes: Boxes, order: Tensor) -> Tensor:
+def _moved(attend: Attend, x: Tensor, made: _Arranged) -> Tensor:
     """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
-    if not boxes.even(boxes.tile):
-        return torch.index_select(x, 2, attend.constant(order))
-    sizes, rank = boxes.sizes(), len(boxes.axes)
+    boxes = made.boxes
+    if not boxes.even(made.tile):
+        return torch.index_select(x, 2, attend.constant(made.order))
+    sizes, rank = boxes.sizes(made.tile), len(boxes.axes)
     cells, further = _apart(x, boxes, boxes.extra_first)
     axes = [2 + 4 * a + part for part in (3, 0, 1, 2) for a in range(rank)]
     cells = torch.permute(torch.unflatten(cells, 2, sizes), [0, 1, *axes, 2 + 4 * rank])
     return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, False)
 
 
-def _back(attend: Attend, x: Tensor, boxes: Boxes, order: Tensor) -> Tensor:
+def _back(attend: Attend, x: Tensor, made: _Arranged) -> Tensor:
     """The inverse of :func:`_moved`."""
-    if not boxes.even(boxes.tile):
-        return torch.index_select(x, 2, attend.constant(order.argsort()))
-    sizes, rank = boxes.sizes(), len(boxes.axes)
+    boxes = made.boxes
+    if not boxes.even(made.tile):
+        return torch.index_select(x, 2, attend.constant(made.order.argsort()))
+    sizes, rank = boxes.sizes(made.tile), len(boxes.axes)
     cells, further = _apart(x, boxes, False)
     places = [(a, part) for part in (3, 0, 1, 2) for a in range(rank)]
     cells = torch.unflatten(cells, 2, [sizes[4 * a + part] for a, part in places])
