@@ -10,10 +10,13 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.halo import Halo as Halo
+    from attnfx.variants.long_range_groups import LongRangeGroups as LongRangeGroups
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
+    from attnfx.variants.window_attention import WindowAttention as WindowAttention
 
 
 @functools.cache

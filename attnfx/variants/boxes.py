@@ -17,11 +17,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from attnfx import expr
 from attnfx.errors import PolicyError
-from attnfx.expr import Expr, Int
 from attnfx.site import AttentionSite
-from attnfx.variants.attend import Attend, beside, read
 from attnfx.variants.base import Variant
 
 #: Queries and keys of the tiles that kernels skip.
@@ -30,7 +27,6 @@ ROWS, KEYS = 128, 64
 UNEVEN = 1.15
 #: Shapes of tiles that are counted out.
 COUNTED = 6
-I, J = expr.index("i"), expr.index("j")
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,16 @@ class Axis:
         """Whether every coordinate sees all others."""
         return min(self.high) == self.length - 1 and max(self.low) == 0
 
+    @property
+    def first(self) -> Axis | None:
+        """The first run on its own, where all runs are like it."""
+        seen = dict(zip(self.place, zip(self.low, self.high, strict=True), strict=True))
+        n = self.runs[0]
+        alike = all(seen[p] == (seen[p % n][0] + p // n * n, seen[p % n][1] + p // n * n) for p in seen)
+        if not (self.even(1) and alike):
+            return None
+        return Axis(tuple(range(n)), tuple(seen[p][0] for p in range(n)), tuple(seen[p][1] for p in range(n)))
+
     def even(self, tile: int) -> bool:
         """Whether all runs are as long as the first, in whole tiles."""
         return len(set(self.runs)) == 1 and self.runs[0] % tile == 0
@@ -85,6 +91,13 @@ class Boxes:
     @property
     def cells(self) -> int:
         return math.prod(a.length for a in self.axes)
+
+    @property
+    def group(self) -> Boxes | None:
+        """What is attended in each group of runs, where they are alike; None where they are not, or there is one."""
+        firsts = [a.first for a in self.axes]
+        apart = any(len(a.starts) > 1 for a in self.axes)
+        return Boxes(tuple(a for a in firsts if a is not None)) if apart and None not in firsts and not self.extra else None
 
     def tile(self, ranges: bool) -> tuple[int, ...]:
         """Sizes of a tile along the axes, with KEYS tokens at most: of those the one whose order lets blocks of ROWS queries meet
@@ -164,6 +177,23 @@ class Boxes:
         return found
 
 
+def parted(length: int, starts: tuple[int, ...], reach: int = 0) -> Axis:
+    """Parts of an axis, from one start to the next, in which all see the part, and ``reach`` on either side of it."""
+    ends = zip(starts, (*starts[1:], length), strict=True)
+    seen = [(max(a - reach, 0), min(b - 1 + reach, length - 1)) for a, b in ends for _ in range(a, b)]
+    low, high = zip(*seen, strict=True)
+    return Axis(tuple(range(length)), low, high, (0,) if reach else starts)
+
+
+def classes(length: int, modulus: int) -> Axis:
+    """The classes of an axis modulo a number, one after another, in which all see the class."""
+    starts = tuple(itertools.accumulate((-(-(length - g) // modulus) for g in range(modulus - 1)), initial=0))
+    ends = (*starts[1:], length)
+    by = [x % modulus for x in range(length)]
+    place = tuple(starts[g] + x // modulus for x, g in enumerate(by))
+    return Axis(place, tuple(starts[g] for g in by), tuple(ends[g] - 1 for g in by), starts, modulus)
+
+
 @lru_cache(maxsize=1024)
 def _met(axis: Axis, rows: int, keys: int) -> float:
     """How many places, in tiles of ``keys``, a block of ``rows`` places meets on average."""
@@ -195,112 +225,6 @@ def objections(site: AttentionSite, layout: tuple[int, ...], extra: int = 0) -> 
     )
 
 
-def attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, boxes: Boxes) -> Tensor:
-    """The attention of ``attend`` in which the tokens see what ``boxes`` lets them, and the model."""
-    free, causal = _free(attend.site)
-    made = _arranged(boxes, free, ranges=attend.device.type == "cpu")  # whose blocks read a range of keys
-    site, slot = beside(attend.site, made.table.shape, torch.int32)
-    near = visible(made, slot, free)
-    if near == expr.TRUE:
-        return attend(attend.site, query, key, value)
-    if not free:
-        return attend(site.replace(keep=expr.logical_and(site.keep, near)), query, key, value, [attend.constant(made.table)])
-    if causal:
-        near = expr.logical_and(near, expr.le(_number(slot, 0, J), _number(slot, 0, I)))
-    # a token sees itself, so no row is empty
-    site = site.replace(keep=near, fill=-math.inf, additive=False, empty_rows="zero")
-    query, key, value = (_moved(attend, x, made) for x in (query, key, value))
-    return _back(attend, attend(site, query, key, value, [attend.constant(made.table)]), made)
-
-
-@dataclass(frozen=True)
-class _Arranged:
-    """A layout in an order: ``tile`` gives it, or else it is the model's own."""
-
-    boxes: Boxes
-    tile: tuple[int, ...]
-    order: Tensor
-    table: Tensor
-
-
-@lru_cache(maxsize=64)
-def _arranged(boxes: Boxes, free: bool, ranges: bool) -> _Arranged:
-    tile = boxes.tile(ranges) if free else ()
-    order = boxes.order(tile) if free else torch.arange(boxes.cells + boxes.extra)
-    return _Arranged(boxes, tile, order, boxes.table(order))
-
-
-def visible(made: _Arranged, slot: int, free: bool) -> Expr:
-    """Whether the token at place i sees the one at place j, by the table in ``slot``."""
-    terms: list[Expr] = []
-    for n, axis in enumerate(made.boxes.axes):
-        if not axis.whole:
-            place, low, high = (_number(slot, 1 + 3 * n + row, index) for row, index in enumerate((J, I, I)))
-            terms += [expr.le(low, place), expr.le(place, high)]
-    near = expr.logical_and(*terms)
-    return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
-
-
-def _number(slot: int, row: int, index: Expr) -> Expr:
-    return read(slot, expr.integer(row), index, dtype=torch.int32)
-
-
-def _free(site: AttentionSite) -> tuple[bool, bool]:
-    """(whether the tokens may change places, as nothing but a causal mask knows them; whether there is a causal mask)."""
-    facts = site.facts
-    causal = facts.causal_offset == 0
-    others = [e for e in (site.score, site.weight, site.sink) if e is not None]
-    placed = any(isinstance(n, Int) and n.value.has(I.value, J.value) for e in others for n in expr.walk(e))
-    return (causal or site.keep == expr.TRUE) and not placed and site.band is None, causal
-
-
-def _further(boxes: Boxes, free: bool) -> Expr:
-    """Whether key j is one of the further tokens."""
-    if boxes.extra_first and not free:
-        return expr.lt(J, expr.integer(boxes.extra))
-    return expr.le(expr.integer(boxes.cells), J)
-
-
-def _moved(attend: Attend, x: Tensor, made: _Arranged) -> Tensor:
-    """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
-    boxes = made.boxes
-    if not boxes.even(made.tile):
-        return torch.index_select(x, 2, attend.constant(made.order))
-    sizes, rank = boxes.sizes(made.tile), len(boxes.axes)
-    cells, further = _apart(x, boxes, boxes.extra_first)
-    axes = [2 + 4 * a + part for part in (3, 0, 1, 2) for a in range(rank)]
-    cells = torch.permute(torch.unflatten(cells, 2, sizes), [0, 1, *axes, 2 + 4 * rank])
-    return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, False)
-
-
-def _back(attend: Attend, x: Tensor, made: _Arranged) -> Tensor:
-    """The inverse of :func:`_moved`."""
-    boxes = made.boxes
-    if not boxes.even(made.tile):
-        return torch.index_select(x, 2, attend.constant(made.order.argsort()))
-    sizes, rank = boxes.sizes(made.tile), len(boxes.axes)
-    cells, further = _apart(x, boxes, False)
-    places = [(a, part) for part in (3, 0, 1, 2) for a in range(rank)]
-    cells = torch.unflatten(cells, 2, [sizes[4 * a + part] for a, part in places])
-    axes = [2 + places.index((a, part)) for a in range(rank) for part in range(4)]
-    cells = torch.permute(cells, [0, 1, *axes, 2 + 4 * rank])
-    return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, boxes.extra_first)
-
-
-def _apart(x: Tensor, boxes: Boxes, first: bool) -> tuple[Tensor, Tensor | None]:
-    """(the tokens of the layout, the further ones), which are ``first`` or last."""
-    if not boxes.extra:
-        return x, None
-    at = boxes.extra if first else 0
-    return torch.narrow(x, 2, at, boxes.cells), torch.narrow(x, 2, 0 if first else boxes.cells, boxes.extra)
-
-
-def _together(cells: Tensor, further: Tensor | None, first: bool) -> Tensor:
-    if further is None:
-        return cells
-    return torch.cat([further, cells] if first else [cells, further], 2)
-
-
 def pairs(boxes: Boxes) -> sympy.Expr:
     """How many pairs of a query and a key one head computes."""
     seen = math.prod(sum(b - a + 1 for a, b in zip(axis.low, axis.high, strict=True)) for axis in boxes.axes)
@@ -315,6 +239,16 @@ def check_layout(variant: Variant, name: str = "layout", ranks: tuple[int, ...] 
         raise PolicyError(
             f"{type(variant).__name__}.{name} is {sizes!r}; it must be {' or '.join(map(str, ranks))} whole numbers of at least 1."
         )
+
+
+def of_axes(variant: Variant, name: str) -> tuple[int, ...]:
+    """A parameter as one number for each axis of the layout."""
+    value, rank = getattr(variant, name), len(variant.to_dict()["layout"])
+    numbers = value if isinstance(value, tuple) else (value,) * rank
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if len(numbers) != rank or not whole:
+        raise PolicyError(f"{type(variant).__name__}.{name} is {value!r}; it must be one whole number, or {rank} of them.")
+    return numbers
 
 
 def with_extra(seen: Tensor, extra: int, first: bool) -> Tensor:

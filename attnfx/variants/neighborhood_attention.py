@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnfx.errors import PolicyError
 from attnfx.site import AttentionSite
-from attnfx.variants import boxes, dense
+from attnfx.variants import boxed, boxes, dense
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Example, Variant, whole_number
 from attnfx.variants.boxes import Axis, Boxes
@@ -97,7 +97,7 @@ class NeighborhoodAttention(Variant):
         return boxes.objections(site, self.layout, self.extra)
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return boxes.attended(attend, query, key, value, _boxes(self))
+        return boxed.attended(attend, query, key, value, _boxes(self))
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
@@ -135,18 +135,16 @@ def _boxes(variant: NeighborhoodAttention) -> Boxes:
 
 def _axis(length: int, window: int, stride: int, dilation: int, causal: bool) -> Axis:
     """The classes of an axis one after another, and what is seen inside of each."""
-    starts = tuple(itertools.accumulate((-(-(length - g) // dilation) for g in range(dilation - 1)), initial=0))
-    place, low, high = [], [], []
-    for x in range(length):
-        first, p = starts[x % dilation], x // dilation
-        members = -(-(length - x % dilation) // dilation)
+    apart = boxes.classes(length, dilation)
+    low, high = [], []
+    for x, (first, last) in enumerate(zip(apart.low, apart.high, strict=True)):
+        p, members = x // dilation, last - first + 1
         leader = min(p // stride * stride + (stride - 1 if causal else stride // 2), members - 1)
         if causal:
             begin, end = max(leader - window + 1, 0), p
         else:
             begin = min(max(leader - window // 2, 0), members - window)
             end = begin + window - 1
-        place.append(first + p)
         low.append(first + begin)
         high.append(first + end)
-    return Axis(tuple(place), tuple(low), tuple(high), starts, dilation)
+    return replace(apart, low=tuple(low), high=tuple(high))

@@ -13,7 +13,7 @@ from attnfx.composing import OnTensors
 from attnfx.errors import PolicyError
 from attnfx.intervals import enclose
 from attnfx.tiling import Tiling, kinds
-from attnfx.variants import NeighborhoodAttention, boxes
+from attnfx.variants import NeighborhoodAttention, boxed, boxes
 from attnfx.variants.base import Example
 from attnfx.variants.neighborhood_attention import _boxes
 
@@ -80,12 +80,12 @@ def test_further_tokens_see_all_and_are_seen_by_all(first: bool) -> None:
 @pytest.mark.parametrize("tile", [(2, 4), (4, 2), (1, 1), (3, 5)])
 def test_every_order_is_undone(tile: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     variant = NeighborhoodAttention((4, 16), (3, 5), dilation=(1, 2), extra=3, extra_first=True)
-    boxes._arranged.cache_clear()
+    boxed._arranged.cache_clear()
     monkeypatch.setattr(boxes.Boxes, "tile", lambda self, ranges: tile)
     example = Example(variant, 67, 67, causal=False)
     q, k, v = tensors_of(example, torch.float64)
     got = variant.compose(OnTensors(site_of(example, torch.float64), (), q.device, "portable"), q, k, v)
-    boxes._arranged.cache_clear()
+    boxed._arranged.cache_clear()
     torch.testing.assert_close(got, variant.reference(q, k, v, 0.25))
 
 
@@ -102,8 +102,8 @@ def test_most_tiles_are_proved_to_be_empty(variant: NeighborhoodAttention, empty
     tokens = _boxes(variant).cells + variant.extra
     found = []
     for free in (True, False):
-        made = boxes._arranged(_boxes(variant), free, ranges=False)
-        keep = boxes.visible(made, 0, free)
+        made = boxed._arranged(_boxes(variant), free, ranges=False)
+        keep = boxed.visible(made, 0, free)
         may = kinds(enclose(keep), Tiling(1, 1, tokens, tokens, 128, 64), [made.table], {}, made.table.device)[1]
         found.append(1 - float(may.float().mean()))
     assert found[0] >= empty > found[1]

@@ -1,0 +1,75 @@
+"""Attention of tokens of many views that stand at like places of a coarser grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import sympy
+import torch
+from torch import Tensor
+
+from attnfx.errors import PolicyError
+from attnfx.site import AttentionSite
+from attnfx.variants import boxed, boxes, dense
+from attnfx.variants.attend import Attend
+from attnfx.variants.base import Example, Variant, whole_number
+from attnfx.variants.boxes import Boxes
+
+
+@dataclass(frozen=True)
+class LongRangeGroups(Variant):
+    """The tokens of `layout` = (views, rows, columns), in this order, see those of all views with the same row modulo `groups` and
+    the same column modulo `groups`: `groups` squared groups, each of which covers all views thinly.
+
+    The convolution of the values that the paper's layer adds has weights of its own, and is no part of this.
+    """
+
+    layout: tuple[int, ...]
+    groups: int = 7
+
+    paper: ClassVar[str] = "Yang et al. 2023, Long-Range Grouping Transformer for Multi-View 3D Reconstruction (arXiv:2308.08724)"
+    exactness: ClassVar[str] = "approximate; models are trained with it"
+
+    def __post_init__(self) -> None:
+        boxes.check_layout(self, ranks=(3,))
+        whole_number(self, "groups", least=1)
+        if self.groups > min(self.layout[1:]):
+            raise PolicyError(f"LongRangeGroups.groups is {self.groups}; the grid {self.layout[1:]} has fewer rows or columns.")
+
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (
+            Example(cls((2, 4, 6), 2), 48, 48, causal=False), Example(cls((4, 6, 6), 2), 144, 144, causal=False),
+            Example(cls((3, 4, 5), 3), 60, 60, causal=False), Example(cls((2, 4, 4), 2), 32, 32),
+        )  # fmt: skip
+
+    def objections(self, site: AttentionSite) -> tuple[str, ...]:
+        return boxes.objections(site, self.layout)
+
+    def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return boxed.attended(attend, query, key, value, _boxes(self))
+
+    def pairs(self, site: AttentionSite) -> sympy.Expr:
+        return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
+
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
+    ) -> Tensor:
+        """By gathering: a dense attention of each group."""
+        number = torch.arange(q.shape[2], device=q.device).view(self.layout)
+        seen = dense.seen(q.shape[2], k.shape[2], causal, keep, q.device)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        for row in range(self.groups):
+            for column in range(self.groups):
+                at = number[:, row :: self.groups, column :: self.groups].flatten()
+                kept = seen[..., at, :][..., at]
+                out = out.index_copy(2, at, dense.attention(q[:, :, at], k[:, :, at], v[:, :, at], scale, kept))
+        return out
+
+
+@lru_cache(maxsize=64)
+def _boxes(variant: LongRangeGroups) -> Boxes:
+    views, rows, columns = variant.layout
+    return Boxes((boxes.parted(views, (0,)), boxes.classes(rows, variant.groups), boxes.classes(columns, variant.groups)))
