@@ -27,8 +27,8 @@ class WindowAttention(Variant):
     """Each token of a layout of two or three axes, in the order of rows, sees the tokens of its window of `window_size`.
 
     With `shift` s windows begin at s, s + window_size, ... on an axis, and what lies before s is a window of its own. That is
-    Swin's roll of the image with its mask: the window that is rolled around the edge has its two sides masked from each other. Where
-    a window passes the end of an axis it is cut there, and no padding is seen. One number stands for the same of all axes.
+    Swin's roll of the image with its mask: the window that is rolled around the edge has its two sides masked from each other.
+    Where a window passes the end of an axis it is cut there, and no padding is seen. One number stands for the same of all axes.
     """
 
     layout: Sizes
