@@ -10,6 +10,7 @@ from attnfx.errors import PolicyError, listing, nearest
 from attnfx.variants.base import Variant
 
 if TYPE_CHECKING:
+    from attnfx.variants.bi_level_routing import BiLevelRouting as BiLevelRouting
     from attnfx.variants.halo import Halo as Halo
     from attnfx.variants.long_range_groups import LongRangeGroups as LongRangeGroups
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.expr import Expr, Int
+from attnfx.expr import INDEX, Expr, Int
 from attnfx.site import AttentionSite
 from attnfx.variants.attend import Attend, beside, read
 from attnfx.variants.boxes import Boxes
@@ -27,17 +27,16 @@ I, J = expr.index("i"), expr.index("j")
 def attended(attend: Attend, query: Tensor, key: Tensor, value: Tensor, boxes: Boxes) -> Tensor:
     """The attention of ``attend`` in which the tokens see what ``boxes`` lets them, and the model."""
     site = attend.site
-    free, causal = _free(site)
+    free, causal = movable(site)
     group = boxes.group
     if group is None or group.cells < SMALLEST or causal or not free or site.side:
         return _attended(attend, site, query, key, value, boxes)
-    groups, cells, rank = boxes.cells // group.cells, group.cells, len(boxes.axes)
-    ones = (1,) * rank
-    query, key, value = (_moved(attend, x, _Arranged(boxes, ones)) for x in (query, key, value))
+    groups, cells, apart = boxes.cells // group.cells, group.cells, in_order(boxes)
+    query, key, value = (apart.moved(attend, x) for x in (query, key, value))
     query, key, value = (_stacked(x, groups) for x in (query, key, value))
     alone = site.replace(batch=site.batch * groups, queries=sympy.Integer(cells), keys=sympy.Integer(cells))
     out = _attended(attend, alone, query, key, value, group)
-    return _back(attend, _unstacked(out, groups), _Arranged(boxes, ones))
+    return apart.back(attend, _unstacked(out, groups))
 
 
 def _stacked(x: Tensor, groups: int) -> Tensor:
@@ -50,7 +49,7 @@ def _unstacked(x: Tensor, groups: int) -> Tensor:
 
 
 def _attended(attend: Attend, whole: AttentionSite, query: Tensor, key: Tensor, value: Tensor, boxes: Boxes) -> Tensor:
-    free, causal = _free(whole)
+    free, causal = movable(whole)
     made = _arranged(boxes, free, ranges=attend.device.type == "cpu")  # whose blocks read a range of keys
     site, slot = beside(whole, made.table.shape, torch.int32)
     near = visible(made, slot, free)
@@ -62,12 +61,12 @@ def _attended(attend: Attend, whole: AttentionSite, query: Tensor, key: Tensor, 
         near = expr.logical_and(near, expr.le(_number(slot, 0, J), _number(slot, 0, I)))
     # a token sees itself, so no row is empty
     site = site.replace(keep=near, fill=-math.inf, additive=False, empty_rows="zero")
-    query, key, value = (_moved(attend, x, made) for x in (query, key, value))
-    return _back(attend, attend(site, query, key, value, [attend.constant(made.table)]), made)
+    query, key, value = (made.moved(attend, x) for x in (query, key, value))
+    return made.back(attend, attend(site, query, key, value, [attend.constant(made.table)]))
 
 
 @dataclass(frozen=True)
-class _Arranged:
+class Arranged:
     """A layout in an order: ``tile`` gives it, or else it is the model's own."""
 
     boxes: Boxes
@@ -81,13 +80,42 @@ class _Arranged:
     def table(self) -> Tensor:
         return self.boxes.table(self.order)
 
+    def moved(self, attend: Attend, x: Tensor) -> Tensor:
+        """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
+        boxes = self.boxes
+        if not boxes.even(self.tile):
+            return torch.index_select(x, 2, attend.constant(self.order))
+        sizes, rank = boxes.sizes(self.tile), len(boxes.axes)
+        cells, further = _apart(x, boxes, boxes.extra_first)
+        axes = [2 + 4 * a + part for part in (3, 0, 1, 2) for a in range(rank)]
+        cells = torch.permute(torch.unflatten(cells, 2, sizes), [0, 1, *axes, 2 + 4 * rank])
+        return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, False)
+
+    def back(self, attend: Attend, x: Tensor) -> Tensor:
+        """The inverse of :meth:`moved`."""
+        boxes = self.boxes
+        if not boxes.even(self.tile):
+            return torch.index_select(x, 2, attend.constant(self.order.argsort()))
+        sizes, rank = boxes.sizes(self.tile), len(boxes.axes)
+        cells, further = _apart(x, boxes, False)
+        places = [(a, part) for part in (3, 0, 1, 2) for a in range(rank)]
+        cells = torch.unflatten(cells, 2, [sizes[4 * a + part] for a, part in places])
+        axes = [2 + places.index((a, part)) for a in range(rank) for part in range(4)]
+        cells = torch.permute(cells, [0, 1, *axes, 2 + 4 * rank])
+        return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, boxes.extra_first)
+
+
+def in_order(boxes: Boxes) -> Arranged:
+    """A layout whose runs, all alike, are put together, each in the order of rows."""
+    return Arranged(boxes, (1,) * len(boxes.axes))
+
 
 @lru_cache(maxsize=64)
-def _arranged(boxes: Boxes, free: bool, ranges: bool) -> _Arranged:
-    return _Arranged(boxes, boxes.tile(ranges) if free else ())
+def _arranged(boxes: Boxes, free: bool, ranges: bool) -> Arranged:
+    return Arranged(boxes, boxes.tile(ranges) if free else ())
 
 
-def visible(made: _Arranged, slot: int, free: bool) -> Expr:
+def visible(made: Arranged, slot: int, free: bool) -> Expr:
     """Whether the token at place i sees the one at place j, by the table in ``slot``."""
     terms: list[Expr] = []
     for n, axis in enumerate(made.boxes.axes):
@@ -102,12 +130,12 @@ def _number(slot: int, row: int, index: Expr) -> Expr:
     return read(slot, expr.integer(row), index, dtype=torch.int32)
 
 
-def _free(site: AttentionSite) -> tuple[bool, bool]:
+def movable(site: AttentionSite) -> tuple[bool, bool]:
     """(whether the tokens may change places, as nothing but a causal mask knows them; whether there is a causal mask)."""
     facts = site.facts
     causal = facts.causal_offset == 0
     others = [e for e in (site.score, site.weight, site.sink) if e is not None]
-    placed = any(isinstance(n, Int) and n.value.has(I.value, J.value) for e in others for n in expr.walk(e))
+    placed = any(isinstance(n, Int) and n.value.has(*(INDEX[x] for x in "bij")) for e in others for n in expr.walk(e))
     return (causal or site.keep == expr.TRUE) and not placed and site.band is None, causal
 
 
@@ -116,32 +144,6 @@ def _further(boxes: Boxes, free: bool) -> Expr:
     if boxes.extra_first and not free:
         return expr.lt(J, expr.integer(boxes.extra))
     return expr.le(expr.integer(boxes.cells), J)
-
-
-def _moved(attend: Attend, x: Tensor, made: _Arranged) -> Tensor:
-    """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
-    boxes = made.boxes
-    if not boxes.even(made.tile):
-        return torch.index_select(x, 2, attend.constant(made.order))
-    sizes, rank = boxes.sizes(made.tile), len(boxes.axes)
-    cells, further = _apart(x, boxes, boxes.extra_first)
-    axes = [2 + 4 * a + part for part in (3, 0, 1, 2) for a in range(rank)]
-    cells = torch.permute(torch.unflatten(cells, 2, sizes), [0, 1, *axes, 2 + 4 * rank])
-    return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, False)
-
-
-def _back(attend: Attend, x: Tensor, made: _Arranged) -> Tensor:
-    """The inverse of :func:`_moved`."""
-    boxes = made.boxes
-    if not boxes.even(made.tile):
-        return torch.index_select(x, 2, attend.constant(made.order.argsort()))
-    sizes, rank = boxes.sizes(made.tile), len(boxes.axes)
-    cells, further = _apart(x, boxes, False)
-    places = [(a, part) for part in (3, 0, 1, 2) for a in range(rank)]
-    cells = torch.unflatten(cells, 2, [sizes[4 * a + part] for a, part in places])
-    axes = [2 + places.index((a, part)) for a in range(rank) for part in range(4)]
-    cells = torch.permute(cells, [0, 1, *axes, 2 + 4 * rank])
-    return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, boxes.extra_first)
 
 
 def _apart(x: Tensor, boxes: Boxes, first: bool) -> tuple[Tensor, Tensor | None]:
