@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
+    from attnfx.variants.radial import Radial as Radial
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
     from attnfx.variants.window_attention import WindowAttention as WindowAttention
 
