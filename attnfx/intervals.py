@@ -3,7 +3,8 @@
 A tile holds the queries ``i_first <= i <= i_last`` and the keys ``j_first <= j <= j_last`` of one b and h. ``must`` says that the
 predicate certainly holds in all of it, ``may`` that it can hold somewhere: interval arithmetic (Moore 1966) on the formula. What
 depends on one side alone and reads data is taken whole, as a *profile*: its least and its largest value in the tile are data
-of the tile. So a tile of two documents' ids is decided where the ranges of ids are apart, or are the same single id.
+of the tile. So a tile of two documents' ids is decided where the ranges of ids are apart, or are the same single id. An element
+of a table of blocks, at i // 64 and j // 64, is read at the tile's corners: that is all of it where no more blocks are met.
 
 Both predicates are right for every tile: a float step is widened by more than any rounding, a NaN, an integer that overflows its
 dtype, a divisor that is not positive and an operation without a rule leave the tile undecided.
@@ -18,19 +19,24 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.expr import FALSE, TRUE, Call, Const, Expr, Int, Load
-from attnfx.interval_arithmetic import Interval, every, fits, of_floats, of_integers, of_positions, widened, within
+from attnfx.expr import FALSE, INDEX, TRUE, Call, Const, Expr, Int, Load
+from attnfx.hulls import rising
+from attnfx.integers import FloorDiv
+from attnfx.interval_arithmetic import FIRST, LAST, Interval, every, fits, of_floats, of_integers, of_positions, widened, within
 from attnfx.nodes import has_score
 
 #: Float operations that round nothing.
 _EXACT = frozenset(("neg", "abs", "min", "max", "where", "floor"))
 _BOOL = torch.bool
+_AT_FIRST, _AT_LAST = ({INDEX[n]: ends[n] for n in "ij"} for ends in (FIRST, LAST))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A value of one side: of b, h and i, or of b, h and j (``side``). Its ends in a tile are the loads ``2 n`` and ``2 n + 1``,
-    without indices, for the profile at place ``n``; a NaN among the values makes both ends NaN."""
+    """A value of one side: of b, h and i, or of b, h and j (``side``); or "ij", an element of a table of blocks.
+    Its ends in a tile are the loads ``2 n`` and ``2 n + 1``,
+    without indices, for the profile at place ``n``; a NaN among the values makes both ends NaN. Those of an element are those
+    at the four corners of the tile."""
 
     value: Expr
     side: str
@@ -74,6 +80,22 @@ def _profiled(e: Expr) -> bool:
     return any(isinstance(n, Load) for n in nodes) and all(_reproducible(n) for n in nodes)
 
 
+def _of_blocks(e: Expr) -> bool:
+    """Whether ``e`` is an element of a table at quotients that each rise with i or with j, and with nothing else."""
+    if not isinstance(e, Load) or not all(isinstance(x, Int) for x in e.indices):
+        return False
+    sides = [[s for s in (INDEX["i"], INDEX["j"]) if x.value.has(s)] for x in e.indices if isinstance(x, Int)]
+    one = all(len(s) < 2 for s in sides) and {s for each in sides for s in each} == {INDEX["i"], INDEX["j"]}
+    pairs = zip(e.indices, sides, strict=True)
+    return one and all(isinstance(x, Int) and x.value.has(FloorDiv) and rising(x.value, s) for x, each in pairs for s in each)
+
+
+def _few_blocks(e: Load) -> Expr:
+    """Whether the corners of a tile read all that the tile reads."""
+    spans = [expr.substitute(x, _AT_LAST) - expr.substitute(x, _AT_FIRST) for x in e.indices]
+    return every(*(expr.le(span, expr.integer(1)) for span in spans))
+
+
 def _reproducible(n: Expr) -> bool:
     if not isinstance(n, Call) or n.op in expr.COMPARE:
         return True
@@ -102,7 +124,8 @@ class _Work:
 
     def _ends(self, e: Expr) -> tuple[Load, Load]:
         """The ends of a profile; of a boolean one, as integers."""
-        place = self.profiles.setdefault(Profile(e, "j" if expr.depends_on(e, "j") else "i"), len(self.profiles))
+        side = "".join(name for name in "ij" if expr.depends_on(e, name)) or "i"
+        place = self.profiles.setdefault(Profile(e, side), len(self.profiles))
         dtype = e.dtype if e.dtype.is_floating_point else torch.int64
         return Load(2 * place, (), dtype), Load(2 * place + 1, (), dtype)
 
@@ -112,6 +135,10 @@ class _Work:
         if _profiled(e):
             low, high = self._ends(e)
             return _Truth(expr.ne(low, expr.integer(0)), expr.ne(high, expr.integer(0)))
+        if _of_blocks(e) and isinstance(e, Load):
+            low, high, known = *self._ends(e), _few_blocks(e)
+            some = expr.ne(high, expr.integer(0))
+            return _Truth(expr.logical_and(known, expr.ne(low, expr.integer(0))), expr.logical_or(expr.logical_not(known), some))
         if not isinstance(e, Call):
             return _UNDECIDED
         if e.op in ("and", "or") and all(a.dtype == _BOOL for a in e.args):
@@ -179,6 +206,9 @@ class _Work:
         if _profiled(e):
             low, high = self._ends(e)
             return Interval(low, high, expr.eq(low, low))  # false of NaN
+        if _of_blocks(e) and isinstance(e, Load) and e.dtype != _BOOL:
+            low, high = self._ends(e)
+            return Interval(low, high, every(_few_blocks(e), expr.eq(low, low)))
         if e.dtype == _BOOL:
             t = self.truth(e)
             return Interval(expr.cast(t.must, torch.int64), expr.cast(t.may, torch.int64))

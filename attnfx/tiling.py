@@ -55,8 +55,10 @@ def profile_ends(
     profile: Profile, tiling: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The least and the largest value of a profile in each tile of its side, (batch, heads, row tiles, 1) or
-    (batch, heads, 1, key tiles)."""
+    (batch, heads, 1, key tiles); of an element of a table of blocks in each tile, (batch, heads, row tiles, key tiles)."""
     t, rows = tiling, profile.side == "i"
+    if profile.side == "ij":
+        return _at_corners(profile, tiling, loads, values, device)
     length, step = (t.queries, t.rows) if rows else (t.keys, t.columns)
     at = torch.arange(-(-length // step) * step, device=device).clamp(
         max=length - 1
@@ -66,6 +68,19 @@ def profile_ends(
     tiles = value.expand(t.batch, t.heads, 1, at.numel())[:, :, 0].reshape(t.batch, t.heads, -1, step)
     low, high = tiles.amin(-1), tiles.amax(-1)  # a NaN is both
     return (low[..., None], high[..., None]) if rows else (low[..., None, :], high[..., None, :])
+
+
+def _at_corners(
+    profile: Profile, t: Tiling, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, Value], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    rows, columns = (torch.arange(0, n, step, device=device) for n, step in ((t.queries, t.rows), (t.keys, t.columns)))
+    shape, found = (t.batch, t.heads, rows.numel(), columns.numel()), []
+    for i in (rows, (rows + t.rows).clamp(max=t.queries) - 1):
+        for j in (columns, (columns + t.columns).clamp(max=t.keys) - 1):
+            value = evaluate(profile.value, {**_points(t, device), "i": i[:, None], "j": j}, loads, values, clamp=True)
+            found.append((value if value.dtype.is_floating_point else value.long()).expand(shape))
+    corners = torch.stack(found)
+    return corners.amin(0), corners.amax(0)  # a NaN is both
 
 
 def _points(t: Tiling, device: torch.device) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from attnfx.tiling import Tiling, kinds
 B, H, I, J = (index(n) for n in "bhij")
 SIZE = sympy.Symbol("size", integer=True)
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 23, 29
+BLOCKS = (expr.floordiv(I, integer(4)), expr.floordiv(J + integer(2), integer(5)))
 #: ``ATTNFX_PREDICATES=20000`` tries that many.
 COUNT = int(os.environ.get("ATTNFX_PREDICATES", "400"))
 
@@ -47,7 +48,7 @@ class Drawn:
         self.loads: list[Tensor] = []
 
     def load(self, dtype: torch.dtype) -> Expr:
-        at = self.random.choice([(I,), (J,), (B, I), (B, J), (H, J), (B,), (I, J), (H, expr.floordiv(I, integer(2)))])
+        at = self.random.choice([(I,), (J,), (B, I), (B, J), (H, J), (B,), (I, J), (H, expr.floordiv(I, integer(2))), BLOCKS])
         shape = [{B: BATCH, H: HEADS, I: QUERIES, J: KEYS}.get(x, QUERIES) for x in at]
         values = torch.randint(-4, 5, shape, generator=self.generator)
         if self.random.random() < 0.5:  # runs of ids
@@ -185,3 +186,15 @@ def test_what_depends_on_data_of_both_sides_is_not_decided() -> None:
     found = enclose(Load(0, (I, J), torch.bool))
     assert not found.decides
     assert enclose(expr.logical_or(Load(0, (I, J), torch.bool), expr.le(J, I))).decides
+
+
+def test_tables_of_blocks_are_decided_where_the_corners_read_all() -> None:
+    table = torch.rand(6, 7, generator=torch.Generator().manual_seed(0)) < 0.3
+    keep = Load(0, BLOCKS, torch.bool)
+    full, empty, neither = judged(keep, [table], 2, 1)
+    assert neither == 0
+    assert min(full, empty) > 100
+    assert judged(keep, [table], 4, 5)[2] < 0.7 * 6 * 6 * BATCH * HEADS, "two blocks of keys, whose corners are all"
+    assert judged(keep, [table], 12, 1)[:2] == (0, 0), "three blocks of queries, of which the corners read two"
+    numbers = Load(0, BLOCKS, torch.int32)
+    assert judged(expr.le(integer(1), numbers), [table.int()], 2, 1)[2] == 0

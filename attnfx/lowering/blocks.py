@@ -25,6 +25,7 @@ from attnfx.lowering.configs import OWN, WALKED
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.tables import size_symbol
 from attnfx.tiling import Tiling, kinds, kinds_between
+from attnfx.tiling import profile_ends as profile_corners
 
 #: Fewer keys than this are visited without lists.
 KEYS = 1024
@@ -79,6 +80,8 @@ def _tried(found: Enclosure) -> bool:
         for p in found.profiles:
             step = OWN if p.side == "i" else WALKED
             at = torch.arange(0, _TRIED, step) // 512
+            if p.side == "ij":
+                at = at + torch.arange(0, _TRIED, OWN)[:, None] // 512
             value = at.float() if p.value.dtype.is_floating_point else at % 2 if p.value.dtype == torch.bool else at
             ends += [value[:, None] if p.side == "i" else value] * 2
         symbols = {s for e in (found.must, found.may) for s in expr.symbols(e)}
@@ -162,6 +165,12 @@ def build(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for profile, value in zip(made.enclosure.profiles, made.values, strict=True):
             of_keys, floats = profile.side == "j", profile.value.dtype.is_floating_point
+            if profile.side == "ij":
+                rows, columns = (WALKED, OWN) if by_keys else (OWN, WALKED)
+                tiling, known = Tiling(batch, heads, queries, keys, rows, columns), plan.values(sizes, keys, loads)
+                both = torch.stack(profile_corners(profile, tiling, loads, known, device))
+                ends += (both.float() if floats else both).unbind(0)
+                continue
             tiles, step = (own_tiles, OWN) if of_keys == by_keys else (walked_tiles, WALKED)
             both = torch.empty((2, batch, heads, tiles), dtype=torch.float32 if floats else torch.int64, device=device)
             ends += both.unbind(0)

@@ -15,7 +15,7 @@ from attnfx.lowering import codegen
 from attnfx.lowering.codegen_print import Body, Unprintable, _bare
 from attnfx.lowering.plan import KernelPlan
 
-CORNERS = "b, h, i_first, i_last, j_first, j_last, i_at, j_at, ends, ints"
+CORNERS = "b, h, i_first, i_last, j_first, j_last, i_at, j_at, ij_at, ends, ints"
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Classifier:
     """The compiled functions of one mask.
 
     values     VALUE(b, h, i, j, loads, ints): one for each profile of the enclosure, of which only the index of its side counts
-    classify   CLASSIFY(b, h, i_first, i_last, j_first, j_last, i_at, j_at, ends, ints) -> (certainly kept, possibly kept) of a
-               tile; ``ends``: pointers to the least and to the largest value of each profile, in which ``i_at`` and ``j_at`` are
-               the places of the tile
+    classify   CLASSIFY(b, h, i_first, i_last, j_first, j_last, i_at, j_at, ij_at, ends, ints) -> (certainly kept, possibly
+               kept) of a tile; ``ends``: pointers to the least and to the largest value of each profile, in which ``i_at``,
+               ``j_at`` and ``ij_at`` are the places of the tile
     """
 
     enclosure: Enclosure

@@ -74,12 +74,14 @@ def tile_lists(
             whole = first + WALKED <= M
             last = tl.minimum(first + WALKED, M) - 1
             own_last = tl.minimum(own_first + OWN, N) - 1
-            must, may = CLASSIFY(b, h, first, last, own_first, own_last, walked_at, own_at, ends, ints)
+            must, may = CLASSIFY(b, h, first, last, own_first, own_last, walked_at, own_at, walked_at * own_tiles + own, ends, ints)
         else:
             whole = first + WALKED <= N
             last = tl.minimum(first + WALKED, N) - 1
             own_last = tl.minimum(own_first + OWN, M) - 1
-            must, may = CLASSIFY(b, h, own_first, own_last, first, last, own_at, walked_at, ends, ints)
+            must, may = CLASSIFY(
+                b, h, own_first, own_last, first, last, own_at, walked_at, own_at * walked_tiles + walked, ends, ints
+            )
         is_full = there & whole & must
         is_partial = (there & (may | must)) & (is_full == 0)
         places = tl.cumsum(is_partial.to(tl.int32), 0)
