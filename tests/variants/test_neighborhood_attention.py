@@ -98,7 +98,7 @@ def test_every_order_is_undone(tile: tuple[int, ...], monkeypatch: pytest.Monkey
     ],
 )
 def test_most_tiles_are_proved_to_be_empty(variant: NeighborhoodAttention, empty: float) -> None:
-    """And in the order of rows less of them: 0.78, 0.64 and 0.77."""
+    """And fewer in the order of rows."""
     tokens = _boxes(variant).cells + variant.extra
     found = []
     for free in (True, False):
