@@ -136,6 +136,9 @@ class OnTensors(Attend):
     def arange(self, end: int) -> Tensor:
         return torch.arange(end, device=self.device)
 
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
@@ -166,6 +169,10 @@ class _Traced(Attend):
 
     def arange(self, end: int) -> Tensor:
         made: Any = self.tracer.create_proxy("call_function", torch.arange, (end,), {"device": self.device})
+        return made  # type: ignore[no-any-return]
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        made: Any = fx.Proxy(self.tracer.hold(tensor), self.tracer)
         return made  # type: ignore[no-any-return]
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:

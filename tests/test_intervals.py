@@ -17,6 +17,7 @@ from attnfx.tiling import Tiling, kinds
 B, H, I, J = (index(n) for n in "bhij")
 SIZE = sympy.Symbol("size", integer=True)
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 23, 29
+BLOCKS = (expr.floordiv(I, integer(8)), expr.floordiv(J + integer(2), integer(9)))
 #: ``ATTNFX_PREDICATES=20000`` tries that many.
 COUNT = int(os.environ.get("ATTNFX_PREDICATES", "400"))
 
@@ -47,7 +48,7 @@ class Drawn:
         self.loads: list[Tensor] = []
 
     def load(self, dtype: torch.dtype) -> Expr:
-        at = self.random.choice([(I,), (J,), (B, I), (B, J), (H, J), (B,), (I, J), (H, expr.floordiv(I, integer(2)))])
+        at = self.random.choice([(I,), (J,), (B, I), (B, J), (H, J), (B,), (I, J), (H, expr.floordiv(I, integer(2))), BLOCKS])
         shape = [{B: BATCH, H: HEADS, I: QUERIES, J: KEYS}.get(x, QUERIES) for x in at]
         values = torch.randint(-4, 5, shape, generator=self.generator)
         if self.random.random() < 0.5:  # runs of ids

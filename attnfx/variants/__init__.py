@@ -15,22 +15,26 @@ if TYPE_CHECKING:
     from attnfx.variants.agent_attention import AgentAttention as AgentAttention
     from attnfx.variants.anchor import Anchor as Anchor
     from attnfx.variants.based import Based as Based
+    from attnfx.variants.bi_level_routing import BiLevelRouting as BiLevelRouting
     from attnfx.variants.block_sparse import BlockSparse as BlockSparse
     from attnfx.variants.block_top_k import BlockTopK as BlockTopK
     from attnfx.variants.dilated_window import DilatedWindow as DilatedWindow
     from attnfx.variants.documents import Documents as Documents
     from attnfx.variants.flowformer import Flowformer as Flowformer
     from attnfx.variants.gated_output import GatedOutput as GatedOutput
+    from attnfx.variants.halo import Halo as Halo
     from attnfx.variants.identity_mix import IdentityMix as IdentityMix
     from attnfx.variants.lightning import Lightning as Lightning
     from attnfx.variants.linear_attention import LinearAttention as LinearAttention
     from attnfx.variants.long_range_groups import LongRangeGroups as LongRangeGroups
     from attnfx.variants.low_rank_bias import LowRankBias as LowRankBias
     from attnfx.variants.mala import MALA as MALA
+    from attnfx.variants.neighborhood_attention import NeighborhoodAttention as NeighborhoodAttention
     from attnfx.variants.neural_bias import NeuralBias as NeuralBias
     from attnfx.variants.per_head import PerHead as PerHead
     from attnfx.variants.per_head_spans import PerHeadSpans as PerHeadSpans
     from attnfx.variants.pooled_blocks import PooledBlocks as PooledBlocks
+    from attnfx.variants.radial import Radial as Radial
     from attnfx.variants.region_attention import RegionAttention as RegionAttention
     from attnfx.variants.sharded import Sharded as Sharded
     from attnfx.variants.shifted_groups import ShiftedGroups as ShiftedGroups
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from attnfx.variants.strided import Strided as Strided
     from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
     from attnfx.variants.temperature import Temperature as Temperature
+    from attnfx.variants.window_attention import WindowAttention as WindowAttention
 
 
 @functools.cache

@@ -47,6 +47,10 @@ class Attend(ABC):
         """0, 1, ... below ``end``, int64, on the device."""
 
     @abstractmethod
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A tensor that the variant computed, on the device; in a graph one of its buffers."""
+
+    @abstractmethod
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Zeros on the device."""
 
@@ -81,6 +85,9 @@ class Within(Attend):
 
     def arange(self, end: int) -> Tensor:
         return self.whole.arange(end)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return self.whole.constant(tensor)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return self.whole.zeros(*shape, dtype=dtype)

@@ -1,70 +1,77 @@
-"""Groups of tokens at equal places of a coarse grid, across all views of an object: long-range grouping attention."""
+"""Attention of tokens of many views that stand at like places of a coarser grid."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
+import sympy
 import torch
 from torch import Tensor
 
+from attnfx.errors import PolicyError
 from attnfx.site import AttentionSite
-from attnfx.variants import dense, same_id
+from attnfx.variants import boxed, boxes, dense
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Example, Variant, whole_number
+from attnfx.variants.boxes import Boxes
 
 
 @dataclass(frozen=True)
 class LongRangeGroups(Variant):
-    """Tokens with the same (row mod s, column mod s), in whichever view, attend together; s is `group_num`.
+    """The tokens of `layout` = (views, rows, columns), in this order, see those of all views with the same row modulo `group_num`
+    and the same column modulo `group_num`: `group_num` squared groups, each of which covers all views thinly.
 
-    The sequence is `views` grids of `height` x `width` tokens, row after row, and before them `prefix` tokens (a class token)
-    that make a group of their own. No convolution is added to the values, as the paper does with trained weights. Neighbouring
-    tokens are in different groups, so that no tile is without pairs: the result is the paper's, but no time is saved.
+    The convolution of the values that the paper's layer adds has weights of its own, and is no part of this.
     """
 
-    views: int
-    height: int = 14
-    width: int = 14
+    layout: tuple[int, ...]
     group_num: int = 7
-    prefix: int = 0
 
     paper: ClassVar[str] = "Yang et al. 2023, Long-Range Grouping Transformer for Multi-View 3D Reconstruction (arXiv:2308.08724)"
-    exactness: ClassVar[str] = "approximate, needs training"
+    exactness: ClassVar[str] = "approximate; models are trained with it"
 
     def __post_init__(self) -> None:
-        for name in ("views", "height", "width", "group_num"):
-            whole_number(self, name, least=1)
-        whole_number(self, "prefix", least=0)
+        boxes.check_layout(self, ranks=(3,))
+        whole_number(self, "group_num", least=1)
+        if self.group_num > min(self.layout[1:]):
+            raise PolicyError(
+                f"LongRangeGroups.group_num is {self.group_num}; the grid {self.layout[1:]} has fewer rows or columns."
+            )
 
     @classmethod
     def examples(cls) -> tuple[Example, ...]:
         return (
-            Example(cls(3, 4, 6, group_num=2), queries=72, keys=72, causal=False),
-            Example(cls(2, 5, 4, group_num=3, prefix=1), queries=41, keys=41, causal=False),
-        )
+            Example(cls((2, 4, 6), 2), 48, 48, causal=False), Example(cls((4, 6, 6), 2), 144, 144, causal=False),
+            Example(cls((3, 4, 5), 3), 60, 60, causal=False), Example(cls((2, 4, 4), 2), 32, 32),
+        )  # fmt: skip
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return same_id.objections(site, len(self._groups()), "grids")
+        return boxes.objections(site, self.layout)
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        site, ids = same_id.kept(attend.site, self._groups())
-        return attend(site, query, key, value, more=[ids])
+        return boxed.attended(attend, query, key, value, _boxes(self))
+
+    def pairs(self, site: AttentionSite) -> sympy.Expr:
+        return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
     ) -> Tensor:
-        M, N = q.shape[2], k.shape[2]
-        kept = torch.zeros(N, N, dtype=torch.bool, device=q.device)
-        kept[: self.prefix, : self.prefix] = True
-        grid = torch.arange(N - self.prefix, device=q.device).view(self.views, self.height, self.width) + self.prefix
+        """By gathering: a dense attention of each group."""
+        number = torch.arange(q.shape[2], device=q.device).view(self.layout)
+        seen = dense.seen(q.shape[2], k.shape[2], causal, keep, q.device)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
         for row in range(self.group_num):
             for column in range(self.group_num):
-                group = grid[:, row :: self.group_num, column :: self.group_num].flatten()
-                kept[group[:, None], group] = True
-        return dense.attention(q, k, v, scale, kept[N - M :] & dense.seen(M, N, causal, keep, q.device))
+                at = number[:, row :: self.group_num, column :: self.group_num].flatten()
+                kept = seen[..., at, :][..., at]
+                out = out.index_copy(2, at, dense.attention(q[:, :, at], k[:, :, at], v[:, :, at], scale, kept))
+        return out
 
-    def _groups(self) -> list[int]:
-        s = self.group_num
-        grid = [row % s * s + column % s for _ in range(self.views) for row in range(self.height) for column in range(self.width)]
-        return [s * s] * self.prefix + grid
+
+@lru_cache(maxsize=64)
+def _boxes(variant: LongRangeGroups) -> Boxes:
+    views, rows, columns = variant.layout
+    return Boxes((boxes.parted(views, (0,)), boxes.classes(rows, variant.group_num), boxes.classes(columns, variant.group_num)))

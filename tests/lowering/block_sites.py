@@ -64,6 +64,10 @@ def masks() -> Iterator[Example]:
         yield Example(f"padding, {rows}", made, lambda dtype: (kept & (torch.arange(KEYS) >= 70),))
     ends = both(causal(), expr.lt(J, load(0, B, dtype=INT)))
     yield Example("lengths", sized(ends, side=(side(BATCH, dtype=INT),)), lambda dtype: (lengths,))
+    table = torch.rand(2, 7, 10, generator=torch.Generator().manual_seed(3)) < 0.4
+    of_blocks = load(0, H, *(expr.floordiv(x, expr.integer(64)) for x in (I, J)), dtype=torch.bool)
+    made = sized(of_blocks, side=(side(2, 7, 10, dtype=torch.bool),), heads=2, empty_rows="zero")
+    yield Example("blocks of heads", made, lambda dtype: (table,))
     floats = expr.le(expr.call("abs", load(0, B, I) - load(0, B, J)), expr.lift(2.5))
     yield Example("times", sized(floats, side=(side(BATCH, KEYS),)), lambda dtype: (torch.arange(BATCH * KEYS).view(2, -1) / 16,))
     yield from tables()

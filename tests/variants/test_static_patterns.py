@@ -65,7 +65,7 @@ KEPT: list[tuple[Variant, Callable[[int, int, int], bool]]] = [
     (BlockSparse(BLOCKS, block=8), lambda h, i, j: bool(BLOCKS[i // 8][j // 8])),
     (BlockSparse((BLOCKS, ((1, 1, 1),) * 3), block=8), lambda h, i, j: h >= 2 or bool(BLOCKS[i // 8][j // 8])),
     (RegionAttention(IDS), lambda h, i, j: IDS[i] == IDS[j]),
-    (LongRangeGroups(2, 3, 4, group_num=2), lambda h, i, j: (i % 12 // 4 % 2, i % 2) == (j % 12 // 4 % 2, j % 2)),
+    (LongRangeGroups((2, 3, 4), group_num=2), lambda h, i, j: (i % 12 // 4 % 2, i % 2) == (j % 12 // 4 % 2, j % 2)),
 ]  # fmt: skip
 
 
