@@ -90,6 +90,8 @@ class LinearAttention(Variant):
         assert not isinstance(weights, str), weights
         held = [None if w is None else w.to(attend.device, site.dtype) for w in weights]
         query, key = self._mapped(query, site, held[0], first=True), self._mapped(key, site, held[1], first=False)
+        # autocast computes some of the maps in float32
+        query, key = (torch.ops.aten.to.dtype(x, site.dtype) for x in (query, key))
         return linear.linear(query, key, value, linear.is_causal(site), decay, self.normalize, self.eps if self.normalize else 0.0)
 
     def _mapped(self, x: Tensor, site: AttentionSite, weight: Tensor | None, first: bool) -> Tensor:

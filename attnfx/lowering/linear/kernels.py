@@ -118,13 +118,13 @@ class _Call:
         strides = (outer, chunks, e, d) if turned else (outer, chunks, d, e)
         block_w, block_e = self.blocks(width), self.blocks(z.shape[3])
         grid = -(-tokens // self.block) * -(-z.shape[3] // block_e) * batch * own
-        heads = self.q.shape[1]
+        heads, heavy = self.q.shape[1], self.wide and mode == "key"
         if grid:
             run(
                 linear_mix, (grid,), x1, x2, z, out, states[0], states[1], scale, add, sums, self.rates, x1.stride(), x2.stride(),
                 z.stride(), out.stride(), strides, heads, heads // self.k.shape[1], tokens, self.chunk, eps, MODE=mode,
                 CAUSAL=self.causal, W=width, E=z.shape[3], BLOCK=self.block, BLOCK_W=block_w, BLOCK_E=block_e,
-                num_warps=8 if width > 256 or (self.wide and mode == "key") else 4, num_stages=2, **self.switches,
+                num_warps=8 if width > 256 or heavy else 4, num_stages=1 if heavy else 2, **self.switches,
             )  # fmt: skip
         return out
 
