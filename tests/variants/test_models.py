@@ -14,8 +14,11 @@ from variant_cases import EXAMPLES, HEADS, WIDTH
 from attnfx.policy import Policy, Rule
 from attnfx.variants.base import Example
 
-#: Those that a plain model without a cache has: as many queries as keys.
-WHOLE = {name: example for name, example in EXAMPLES.items() if example.plain and example.queries == example.keys}
+#: Of each variant the first that a plain model without a cache has, which has as many queries as keys.
+WHOLE: dict[str, Example] = {}
+for example in EXAMPLES.values():
+    if example.plain and example.queries == example.keys:
+        WHOLE.setdefault(type(example.variant).__name__, example)
 
 
 def model_of(example: Example, attention: str) -> nn.Module:
