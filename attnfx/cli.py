@@ -112,13 +112,18 @@ def explain(
 def variants(
     name: Annotated[str | None, typer.Argument(help="One variant; all of them without it.")] = None,
     as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The gallery of the docs: pictures, docstrings, papers.")] = False,
 ) -> None:
-    """List what a policy can put in place of an attention: each variant's parameters and paper."""
+    """List what a policy can put in place of an attention: each variant's parameters and paper, and with a name its picture."""
     from attnfx import variants as registry
     from attnfx.variant_picture import picture
-    from attnfx.variant_table import described
+    from attnfx.variant_table import described, markdown
 
-    rows = described(registry.all() if name is None else {name: registry.named(name)})
+    chosen = registry.all() if name is None else {name: registry.named(name)}
+    if as_markdown:
+        print(markdown(chosen), end="")
+        return
+    rows = described(chosen)
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return

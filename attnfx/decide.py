@@ -117,7 +117,8 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | N
 
 def _asked(rule: Rule, variant: Variant, site: AttentionSite) -> str:
     limits = "".join(f" {name} {given}" for name, given in (("when", rule.when), ("in", rule.phase)) if given is not None)
-    return "; ".join(part for part in (f'asked for by the rule "{rule.modules}"{limits}', work(variant, site)) if part)
+    asked = f'{variant}, asked for by the rule "{rule.modules}"{limits}'
+    return "; ".join(part for part in (asked, work(variant, site)) if part)
 
 
 def _made(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from attnfx import variants
 from attnfx.variant_picture import picture, weights
+from attnfx.variant_table import markdown
 from attnfx.variants import IdentityMix, PerHead, SlidingWindow
 from attnfx.variants.base import Example
 
@@ -21,3 +25,10 @@ def test_weights_are_those_of_the_formula() -> None:
     assert found.shape == (4, 3, 3)
     assert bool((found.sum(-1) - 1).abs().max() < 1e-12)
     assert bool((found.diagonal(0, 1, 2) >= 0.5).all())
+
+
+def test_the_gallery_of_the_docs_is_up_to_date() -> None:
+    kept = Path(__file__).parent.parent / "docs" / "variants.md"
+    assert kept.read_text(encoding="utf-8") == markdown(variants.all()), (
+        "write it with: attnfx variants --markdown > docs/variants.md"
+    )
