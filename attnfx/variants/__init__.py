@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from attnfx.variants.bi_level_routing import BiLevelRouting as BiLevelRouting
     from attnfx.variants.block_sparse import BlockSparse as BlockSparse
     from attnfx.variants.block_top_k import BlockTopK as BlockTopK
+    from attnfx.variants.combiner import Combiner as Combiner
+    from attnfx.variants.core_context import CoreContext as CoreContext
     from attnfx.variants.dilated_window import DilatedWindow as DilatedWindow
     from attnfx.variants.documents import Documents as Documents
     from attnfx.variants.flowformer import Flowformer as Flowformer

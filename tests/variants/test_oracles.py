@@ -16,6 +16,15 @@ def test_the_composition_is_the_oracle(example: Example) -> None:
         torch.testing.assert_close(applied(each, q, k, v), oracle(each, q, k, v), rtol=each.tolerance, atol=each.tolerance)
 
 
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_half_precision(example: Example) -> None:
+    tensors = tensors_of(example, torch.bfloat16)
+    out, want = applied(example, *tensors), oracle(example, *(t.double() for t in tensors))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out.isnan(), want.isnan())
+    assert float((out.double() - want).nan_to_num().norm() / want.nan_to_num().norm()) < 0.02
+
+
 @pytest.mark.parametrize("example", [e for e in EXAMPLES.values() if e.learns], ids=[n for n, e in EXAMPLES.items() if e.learns])
 def test_gradients_are_the_oracles(example: Example) -> None:
     leaves = [t.requires_grad_() for t in tensors_of(example, torch.float64)]
