@@ -51,7 +51,7 @@ _FORWARD = {
 }
 _GRADIENT = {
     "sm90": (_square(64, 8, 2, spills=192), _square(64, 8, 2, spills=384), _NARROW),
-    "sm100": (_square(64, 8, 2), _square(64, 8, 2), _NARROW),
+    "sm100": (_square(64, 8, 2), _square(32, 8, 2), _NARROW),
     "sm80": (_square(32, 8, 2), _square(32, 8, 2), _NARROW),
     "gfx942": (_square(32, 4, 1), _square(32, 4, 1), _square(16, 4, 1)),
 }
