@@ -53,11 +53,7 @@ class Based(Variant):
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
         what = "Based"
-        found = [*linear.objections(site, what)]
-        if not linear.is_causal(site):
-            found += linear.square(site, what)
-        if not found and not (site.scale or 0.0) > 0.0:
-            found.append(f"The scale of the scores is {site.scale}; {what} needs a positive one.")
+        found = [*linear.of_logits(site, what)]
         if self.weight and site.head_dim > WIDEST_TAYLOR:
             wide = features.taylor_width(site.head_dim)
             found.append(f"The head_dim is {site.head_dim}, which makes {wide} features; supported: up to {WIDEST_TAYLOR}.")

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-import sympy
 import torch
 from torch import Tensor
 
-from attnfx.site import AttentionSite
-from attnfx.variants import boxed, boxes, dense
-from attnfx.variants.attend import Attend
-from attnfx.variants.base import Example, Variant, whole_number
+from attnfx.variants import boxes, dense
+from attnfx.variants.base import Example, whole_number
 from attnfx.variants.boxes import Boxes
+from attnfx.variants.over_boxes import OverBoxes
 
 
 @dataclass(frozen=True)
-class Halo(Variant):
+class Halo(OverBoxes):
     """The tokens of a layout, in the order of rows, are cut into blocks of `block_size` along each axis. Those of a block see the
     block and the `halo_size` tokens around it, of the layout: what a halo has beyond the edge is masked, not zeros that are seen.
     """
@@ -43,14 +40,9 @@ class Halo(Variant):
             Example(cls((3, 4, 5), 2, 1), 60, 60, causal=False), Example(cls((5, 7), 3, 1), 35, 35),
         )  # fmt: skip
 
-    def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return boxes.objections(site, self.layout)
-
-    def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return boxed.attended(attend, query, key, value, _boxes(self))
-
-    def pairs(self, site: AttentionSite) -> sympy.Expr:
-        return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
+    def seen(self) -> Boxes:
+        parts = (boxes.parted(n, tuple(range(0, n, self.block_size)), self.halo_size) for n in self.layout)
+        return Boxes(tuple(parts))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
@@ -66,9 +58,3 @@ class Halo(Variant):
             kept = seen[..., rows, :][..., columns]
             out = out.index_copy(2, rows, dense.attention(q[:, :, rows], k[:, :, columns], v[:, :, columns], scale, kept))
         return out
-
-
-@lru_cache(maxsize=64)
-def _boxes(variant: Halo) -> Boxes:
-    parts = (boxes.parted(n, tuple(range(0, n, variant.block_size)), variant.halo_size) for n in variant.layout)
-    return Boxes(tuple(parts))

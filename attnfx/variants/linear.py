@@ -36,6 +36,14 @@ def objections(site: AttentionSite, what: str, causal: bool | None = None) -> tu
     return tuple(found)
 
 
+def of_logits(site: AttentionSite, what: str) -> tuple[str, ...]:
+    """The same for what takes roots of the scale, and stands queries among keys also where all of them are seen."""
+    found = objections(site, what) if is_causal(site) else (*objections(site, what), *square(site, what))
+    if found or (site.scale or 0.0) > 0.0:
+        return found
+    return (f"The scale of the scores is {site.scale}; {what} needs a positive one.",)
+
+
 def is_causal(site: AttentionSite) -> bool:
     """Whether queries see the keys up to their own alone: so does a single one, which stands at the last key."""
     return site.facts.causal or bool(site.queries == 1)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-import sympy
 import torch
 from torch import Tensor
 
 from attnfx.errors import PolicyError
-from attnfx.site import AttentionSite
-from attnfx.variants import boxed, boxes, dense
-from attnfx.variants.attend import Attend
-from attnfx.variants.base import Example, Variant, whole_number
+from attnfx.variants import boxes, dense
+from attnfx.variants.base import Example, whole_number
 from attnfx.variants.boxes import Boxes
+from attnfx.variants.over_boxes import OverBoxes
 
 
 @dataclass(frozen=True)
-class LongRangeGroups(Variant):
+class LongRangeGroups(OverBoxes):
     """The tokens of `layout` = (views, rows, columns), in this order, see those of all views with the same row modulo `group_num`
     and the same column modulo `group_num`: `group_num` squared groups, each of which covers all views thinly.
 
@@ -47,14 +44,9 @@ class LongRangeGroups(Variant):
             Example(cls((3, 4, 5), 3), 60, 60, causal=False), Example(cls((2, 4, 4), 2), 32, 32),
         )  # fmt: skip
 
-    def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return boxes.objections(site, self.layout)
-
-    def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return boxed.attended(attend, query, key, value, _boxes(self))
-
-    def pairs(self, site: AttentionSite) -> sympy.Expr:
-        return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
+    def seen(self) -> Boxes:
+        views, rows, columns = self.layout
+        return Boxes((boxes.parted(views, (0,)), boxes.classes(rows, self.group_num), boxes.classes(columns, self.group_num)))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
@@ -69,9 +61,3 @@ class LongRangeGroups(Variant):
                 kept = seen[..., at, :][..., at]
                 out = out.index_copy(2, at, dense.attention(q[:, :, at], k[:, :, at], v[:, :, at], scale, kept))
         return out
-
-
-@lru_cache(maxsize=64)
-def _boxes(variant: LongRangeGroups) -> Boxes:
-    views, rows, columns = variant.layout
-    return Boxes((boxes.parted(views, (0,)), boxes.classes(rows, variant.group_num), boxes.classes(columns, variant.group_num)))

@@ -5,25 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar
 
-import sympy
 import torch
 from torch import Tensor
 
 from attnfx.errors import PolicyError
-from attnfx.site import AttentionSite
-from attnfx.variants import boxed, boxes, dense
-from attnfx.variants.attend import Attend
-from attnfx.variants.base import Example, Variant, whole_number
+from attnfx.variants import boxes, dense
+from attnfx.variants.base import Example, whole_number
 from attnfx.variants.boxes import Axis, Boxes
+from attnfx.variants.over_boxes import OverBoxes
 
 Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class NeighborhoodAttention(Variant):
+class NeighborhoodAttention(OverBoxes):
     """Each token of a layout of one to three axes, in the order of rows, sees the `kernel_size` nearest ones along each axis.
 
     Where a window would pass an end of an axis it is moved inside, so that all windows are of one size; an even window reaches one
@@ -93,14 +90,8 @@ class NeighborhoodAttention(Variant):
             Example(cls((37,), 7)), Example(cls((6, 6), 3, dilation=2), 36, 36),
         )  # fmt: skip
 
-    def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return boxes.objections(site, self.layout, self.extra)
-
-    def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return boxed.attended(attend, query, key, value, _boxes(self))
-
-    def pairs(self, site: AttentionSite) -> sympy.Expr:
-        return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
+    def seen(self) -> Boxes:
+        return Boxes(tuple(_axis(*numbers) for numbers in self.axes), self.extra, self.extra_first)
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
@@ -126,11 +117,6 @@ def _nearest(x: int, length: int, window: int, stride: int, dilation: int, causa
     # the place of the leader in its window: its middle, or as near to it as the ends allow
     best = min(windows, key=lambda w: abs(w[0] - (members[leader] - window // 2 * dilation)))
     return torch.tensor(best)
-
-
-@lru_cache(maxsize=64)
-def _boxes(variant: NeighborhoodAttention) -> Boxes:
-    return Boxes(tuple(_axis(*numbers) for numbers in variant.axes), variant.extra, variant.extra_first)
 
 
 def _axis(length: int, window: int, stride: int, dilation: int, causal: bool) -> Axis:

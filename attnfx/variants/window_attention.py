@@ -5,25 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
-import sympy
 import torch
 from torch import Tensor
 
 from attnfx.errors import PolicyError
-from attnfx.site import AttentionSite
-from attnfx.variants import boxed, boxes, dense
-from attnfx.variants.attend import Attend
-from attnfx.variants.base import Example, Variant
+from attnfx.variants import boxes, dense
+from attnfx.variants.base import Example
 from attnfx.variants.boxes import Boxes
+from attnfx.variants.over_boxes import OverBoxes
 
 Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class WindowAttention(Variant):
+class WindowAttention(OverBoxes):
     """Each token of a layout of two or three axes, in the order of rows, sees the tokens of its window of `window_size`.
 
     With `shift` s windows begin at s, s + window_size, ... on an axis, and what lies before s is a window of its own. That is
@@ -59,14 +56,9 @@ class WindowAttention(Variant):
             Example(cls((5, 4, 3), (2, 3, 2), shift=(1, 0, 1)), 60, 60, causal=False), Example(cls((6, 6), 3, shift=1), 36, 36),
         )  # fmt: skip
 
-    def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return boxes.objections(site, self.layout)
-
-    def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return boxed.attended(attend, query, key, value, _boxes(self))
-
-    def pairs(self, site: AttentionSite) -> sympy.Expr:
-        return sympy.Min(boxes.pairs(_boxes(self)), super().pairs(site))
+    def seen(self) -> Boxes:
+        axes = zip(self.layout, *self.sizes, strict=True)
+        return Boxes(tuple(boxes.parted(n, tuple(sorted({0, *range(s, n, w)}))) for n, w, s in axes))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
@@ -91,9 +83,3 @@ class WindowAttention(Variant):
                 if i >= 0:
                     kept[i, members[(of == r) & (members >= 0)]] = True
         return dense.attention(q, k, v, scale, kept.to(q.device) & dense.seen(q.shape[2], k.shape[2], causal, keep, q.device))
-
-
-@lru_cache(maxsize=64)
-def _boxes(variant: WindowAttention) -> Boxes:
-    axes = zip(variant.layout, *variant.sizes, strict=True)
-    return Boxes(tuple(boxes.parted(n, tuple(sorted({0, *range(s, n, w)}))) for n, w, s in axes))

@@ -15,7 +15,6 @@ from attnfx.intervals import enclose
 from attnfx.tiling import Tiling, kinds
 from attnfx.variants import NeighborhoodAttention, boxed, boxes
 from attnfx.variants.base import Example
-from attnfx.variants.neighborhood_attention import _boxes
 
 
 def window(x: int, length: int, size: int, stride: int, dilation: int, causal: bool) -> set[int]:
@@ -43,7 +42,7 @@ AXES = [
 
 @pytest.mark.parametrize(("length", "size", "stride", "dilation", "causal"), AXES)
 def test_an_axis_is_the_formula(length: int, size: int, stride: int, dilation: int, causal: bool) -> None:
-    (axis,) = _boxes(NeighborhoodAttention((length,), size, stride, dilation, causal)).axes
+    (axis,) = NeighborhoodAttention((length,), size, stride, dilation, causal).seen().axes
     assert sorted(axis.place) == list(range(length))
     for x in range(length):
         seen = {y for y in range(length) if axis.low[x] <= axis.place[y] <= axis.high[x]}
@@ -99,10 +98,10 @@ def test_every_order_is_undone(tile: tuple[int, ...], monkeypatch: pytest.Monkey
 )
 def test_most_tiles_are_proved_to_be_empty(variant: NeighborhoodAttention, empty: float) -> None:
     """And fewer in the order of rows."""
-    tokens = _boxes(variant).cells + variant.extra
+    tokens = variant.seen().cells + variant.extra
     found = []
     for free in (True, False):
-        made = boxed._arranged(_boxes(variant), free, ranges=False)
+        made = boxed._arranged(variant.seen(), free, ranges=False)
         keep = boxed.visible(made, 0, free)
         may = kinds(enclose(keep), Tiling(1, 1, tokens, tokens, 128, 64), [made.table], {}, made.table.device)[1]
         found.append(1 - float(may.float().mean()))
