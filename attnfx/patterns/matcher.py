@@ -205,14 +205,15 @@ class _Attempt:
             raise Refused("its keys differ for every query and its values do not: the scores are mixed by another product")
 
     def _queries(self, rows: list[sympy.Symbol]) -> sympy.Symbol:
-        """The axis of queries among those that only queries have: masks and biases know it, and it is long; heads are neither."""
+        """The axis of queries among those that only queries have: masks and biases know it, it stands alone, and it is long."""
         z = self.candidate.logits(self.lifter, self.weights)
         apart = expr.rebuild(z, lambda n: expr.integer(0) if isinstance(n, Load) and isinstance(n.slot, Dot) else None)
         known = expr.symbols(apart)
+        folded = {s for x in self.query[0][1] if len(held := expr.symbols(x)) > 1 for s in held}
 
-        def rank(s: sympy.Symbol) -> tuple[bool, float, int]:
+        def rank(s: sympy.Symbol) -> tuple[bool, bool, float, int]:
             size = self.extents.sizes[s]
-            return s in known, float(size) if size.is_Integer else float("inf"), rows.index(s)
+            return s in known, s not in folded, float(size) if size.is_Integer else float("inf"), rows.index(s)
 
         return max(rows, key=rank)
 
