@@ -206,6 +206,6 @@ class Call:
         lse = self.like.new_empty(shape, dtype=torch.float32)
         if not self.exact:
             none = self.like.new_empty(0, dtype=torch.float32)
-            return Residuals(lse, none, none.clone(), self.like.new_empty(0, dtype=torch.int32))
+            return Residuals(lse, none, self.like.new_empty(0, dtype=torch.float32), self.like.new_empty(0, dtype=torch.int32))
         flags = self.like.new_zeros(shape[:2], dtype=torch.int32)
         return Residuals(lse, torch.empty_like(lse), torch.empty_like(lse), flags)

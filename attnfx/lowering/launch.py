@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
+
+#: Is told of a launch: the `@triton.jit` function, the grid, the positional and the keyword arguments, and what the launch gave.
+Watcher = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any], Any], None]
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,27 @@ class Recording:
 
 
 _RECORDING: ContextVar[Recording | None] = ContextVar("attnfx_launch_recording", default=None)
+_WATCHER: ContextVar[Watcher | None] = ContextVar("attnfx_launch_watcher", default=None)
 _COMPILING: ContextVar[str | None] = ContextVar("attnfx_compiling_for", default=None)
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
     """Launch `kernel` over `grid`, or record the launch inside `recording`."""
-    recording = _RECORDING.get()
-    if recording is None:
-        kernel[grid](*arguments, **keywords)
-    else:
+    recording, watcher = _RECORDING.get(), _WATCHER.get()
+    if recording is not None:
         recording.calls.append(Call(kernel, arguments, keywords, grid))
+        return
+    if watcher is None:
+        kernel[grid](*arguments, **keywords)
+        return
+    with _disable_current_modes():
+        compiled = kernel[grid](*arguments, **keywords)
+    watcher(kernel, grid, arguments, keywords, compiled)
+
+
+def real() -> bool:
+    """Whether launches are made, and for the device that is here."""
+    return _RECORDING.get() is None and _COMPILING.get() is None
 
 
 def recorded_target() -> str | None:
@@ -69,6 +84,16 @@ def backend() -> str:
 
 # so that kernels may ask while they are compiled
 backend.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within it each launch that was made is told to ``watcher``."""
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
 
 
 @contextmanager

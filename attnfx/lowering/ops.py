@@ -118,6 +118,25 @@ def _forward(
     plan = KernelPlan.from_json(text)
     if not kernel or k.shape[2] == 0:
         return portable.forward(plan, q, k, v, loads, sizes, seed)
+    from attnfx.lowering import replay
+
+    def call() -> portable.Result:
+        return _launched(plan, q, k, v, loads, sizes, seed, text, row_blocks)
+
+    return replay.repeated(call, ("forward", text, *sizes), (q, k, v, seed, row_blocks, *loads))
+
+
+def _launched(
+    plan: KernelPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    loads: Sequence[Tensor],
+    sizes: Sequence[int],
+    seed: Tensor | None,
+    text: str,
+    row_blocks: Tensor | None,
+) -> portable.Result:
     from attnfx.lowering import codegen, flash, handed
     from attnfx.lowering.tuning import calls, lookup
     from attnfx.lowering.tuning.operands import Operands
@@ -163,16 +182,20 @@ def _backward(
     plan, result = KernelPlan.from_json(text), portable.Result(out, lse, row_max, row_sum, degenerate)
     if not kernel or k.shape[2] == 0:
         return portable.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse)
-    from attnfx.lowering import codegen, kernel_gradients
+    from attnfx.lowering import codegen, kernel_gradients, replay
     from attnfx.lowering.tuning import calls, lookup
     from attnfx.lowering.tuning.operands import Operands
 
-    lists = (row_blocks, key_blocks) if blocks.worthwhile(q.shape[2], k.shape[2]) else (None, None)
-    if calls.requested(codegen.program_of(text).key):
-        calls.prepare(Operands(text, q, k, v, tuple(loads), tuple(sizes), seed, *lists, *result, grad_out, grad_lse))
-    return lookup.safely(
-        lambda: kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text, *lists)
-    )
+    def call() -> list[Tensor]:
+        lists = (row_blocks, key_blocks) if blocks.worthwhile(q.shape[2], k.shape[2]) else (None, None)
+        if calls.requested(codegen.program_of(text).key):
+            calls.prepare(Operands(text, q, k, v, tuple(loads), tuple(sizes), seed, *lists, *result, grad_out, grad_lse))
+        return lookup.safely(
+            lambda: kernel_gradients.backward(plan, q, k, v, loads, sizes, seed, result, grad_out, grad_lse, text, *lists)
+        )
+
+    tensors = (q, k, v, seed, *result, grad_out, grad_lse, row_blocks, key_blocks, *loads)
+    return replay.repeated(call, ("backward", text, *sizes), tensors)
 
 
 def _flash_fake(

@@ -96,17 +96,21 @@ def _has_kernel(q: Tensor) -> bool:
 def _linear(*args: Any) -> portable.Result:
     if not _has_kernel(args[0]):
         return portable.forward(*args)
+    from attnfx.lowering import replay
     from attnfx.lowering.linear import kernels
 
-    return kernels.forward(*args)
+    *tensors, causal, normalize, eps = args
+    return replay.repeated(lambda: kernels.forward(*args), ("linear", causal, normalize, eps), tensors)
 
 
 def _backward(*args: Any) -> list[Tensor]:
     if not _has_kernel(args[0]):
         return portable.backward(*args)
+    from attnfx.lowering import replay
     from attnfx.lowering.linear import kernels
 
-    return kernels.backward(*args)
+    *tensors, causal, normalize, eps = args
+    return replay.repeated(lambda: kernels.backward(*args), ("linear backward", causal, normalize, eps), tensors)
 
 
 def _fake(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnfx.errors import AttnfxWarning
+from attnfx.lowering import replay
 from attnfx.lowering.configs import Choice, target_of
 from attnfx.lowering.decode import multiprocessors
 from attnfx.lowering.tuning import cache, lookup, search, verify
@@ -53,7 +54,9 @@ _usual = Session()
 
 def request(program: str) -> None:
     """From now on the first call of each shape of a program (`Program.key`) is searched for."""
-    _requested.add(program)
+    if program not in _requested:
+        _requested.add(program)
+        replay.forget()
 
 
 def requested(program: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from attnfx.lowering import replay
 from attnfx.lowering.configs import Choice, Config, Tile
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning import cache
@@ -51,12 +52,14 @@ def replace(device: torch.device, entries: Mapping[str, Remembered]) -> None:
     """From now on ``entries`` are what is remembered."""
     _tables[device] = entries
     _answers.clear()
+    replay.forget()
 
 
 def forget() -> None:
     """Read the files again at the next call."""
     _tables.clear()
     _answers.clear()
+    replay.forget()
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""Run as a script under TRITON_INTERPRET=1: calls made again against the portable blocks, a JSON line an example."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+
+import torch
+from interpreter_script import chosen
+from lowering_sites import Example, distance, inputs
+
+from attnfx.lowering import bands, flash, ops, portable, replay
+from attnfx.lowering.linear import ops as linear
+from attnfx.lowering.linear import portable as linear_portable
+from attnfx.lowering.plan import KernelPlan, make_plan
+
+NAMES = ("window", "bias column shared", "dropout")
+LONG = ("window",)  # by the kernels for many rows
+CALLS = 3
+is_short = flash.is_short
+
+
+def run(example: Example) -> dict[str, float]:
+    """The largest differences of the last of some calls, each on tensors of its own."""
+    plan = make_plan(example.site, "flash")
+    assert isinstance(plan, KernelPlan), plan
+    text, errors = plan.to_json(), dict[str, float]()
+    replay.forget()
+    flash.is_short = (lambda *_: False) if example.name in LONG else is_short
+    for call in range(CALLS):
+        torch.manual_seed(call)
+        seed = torch.tensor([987654321012345 + call]) if plan.site.dropout else None
+        q, k, v = (t.detach() for t in inputs(example.site, torch.float32))
+        given = [t.detach() for t in example.loads(torch.float32)]
+        values = plan.values((), k.shape[2], given)
+        loads = [*given, *(t.build(q, k.shape[2], given, values) for t in plan.tables)]
+        if plan.site.band is not None:
+            loads.append(bands.build(plan.site, given, q.shape[2], k.shape[2], values))
+        mine = ops._forward(True, q, k, v, loads, (), seed, text)
+        theirs = portable.forward(plan, q, k, v, loads, (), seed)
+        grad = torch.randn(*q.shape[:3], v.shape[3])
+        kernel = ops._backward(True, q, k, v, loads, (), seed, text, *mine, grad, None)
+        blocks = portable.backward(plan, q, k, v, loads, (), seed, theirs, grad, None)
+        assert [t.stride() for t in mine] == [t.stride() for t in theirs]
+        lse = distance(mine.lse[mine.lse > -1e30], theirs.lse[theirs.lse > -1e30])
+        errors = {"out": distance(mine.out, theirs.out), "lse": lse}
+        errors |= {str(n): distance(a, b) for n, (a, b) in enumerate(zip(kernel, blocks, strict=True))}
+    return errors | remembered(2)
+
+
+def linear_attention() -> dict[str, float]:
+    errors = dict[str, float]()
+    replay.forget()
+    for call in range(CALLS):
+        torch.manual_seed(call)
+        q, k, v = (torch.rand(2, heads, 37, 16) for heads in (4, 2, 2))
+        given = (q, k, v, None, None, None, True, True, 1e-6)
+        mine, theirs = linear._linear(*given), linear_portable.forward(*given)
+        grad = torch.randn_like(mine.out)
+        found = [
+            f(*given[:6], made.out, made.sums, grad, None, None, None, *given[6:])
+            for f, made in ((linear._backward, mine), (linear_portable.backward, theirs))
+        ]
+        errors = {"out": distance(mine.out, theirs.out)}
+        errors |= {str(n): distance(a, b) for n, (a, b) in enumerate(zip(*found, strict=True))}
+    return errors | remembered(2)
+
+
+def remembered(calls: int) -> dict[str, float]:
+    """0 where so many kinds of calls have a tape."""
+    return {"calls without a tape": float(calls - sum(tape is not None for tape in replay._tapes.values()))}
+
+
+def main() -> None:
+    jobs = {e.name: lambda e=e: run(e) for e in chosen() if e.name in NAMES}
+    assert len(jobs) == len(NAMES), sorted(jobs)
+    for name, job in {**jobs, "linear": linear_attention}.items():
+        try:
+            line = {"name": name, "errors": job()}
+        except Exception:
+            line = {"name": name, "failure": traceback.format_exc()}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
