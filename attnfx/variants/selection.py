@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnfx import expr
+from attnfx.expr import Call, Const, Expr, Int, Score
+from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 from attnfx.variants.attend import Attend, beside, read
 
@@ -20,6 +22,8 @@ from attnfx.variants.attend import Attend, beside, read
 def objections(site: AttentionSite) -> tuple[str, ...]:
     """Why blocks cannot be chosen."""
     M, N = site.queries, site.keys
+    if direction(site.score) <= 0:
+        return (f"The scores are {site.score}, not proved to grow with q.k; blocks are chosen for the largest products.",)
     if not (M.is_Integer and N.is_Integer and site.heads.is_Integer and site.key_heads.is_Integer):
         return (f"There are {M} queries and {N} keys; blocks are chosen among numbers known when the graph is compiled.",)
     if site.facts.delta_low:
@@ -29,6 +33,24 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
     if site.facts.full:
         return ()
     return (f"The mask is {site.keep}, and is not causal: blocks that are chosen might hold no key that it keeps.",)
+
+
+def direction(score: Expr) -> int:
+    """1 where a score program is proved never to fall as q.k grows, -1 never to rise, else 0."""
+    if not isinstance(score, Call):
+        return int(isinstance(score, Score))
+    inside = [n for n, x in enumerate(score.args) if has_score(x)]
+    if len(inside) != 1:
+        return 0
+    at, found = inside[0], direction(score.args[inside[0]])
+    if score.op in ("cast", "tanh", "exp", "sigmoid", "add", "min", "max") or (score.op == "where" and at > 0):
+        return found
+    if score.op in ("neg", "sub"):
+        return found if score.op == "sub" and at == 0 else -found
+    factor = score.args[1 - at] if score.op == "mul" or (score.op == "div" and at == 0) else None
+    if isinstance(factor, Const | Int) and (isinstance(factor, Const) or factor.value.is_number):
+        return found * ((factor.value > 0) - (factor.value < 0))
+    return 0
 
 
 def ordered(site: AttentionSite) -> bool:
