@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from attnfx.variants.strided import Strided as Strided
     from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
     from attnfx.variants.temperature import Temperature as Temperature
+    from attnfx.variants.vertical_slash import VerticalSlash as VerticalSlash
     from attnfx.variants.window_attention import WindowAttention as WindowAttention
 
 
