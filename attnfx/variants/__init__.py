@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnfx.variants.flowformer import Flowformer as Flowformer
     from attnfx.variants.gated_output import GatedOutput as GatedOutput
     from attnfx.variants.halo import Halo as Halo
+    from attnfx.variants.hierarchical_top_k import HierarchicalTopK as HierarchicalTopK
     from attnfx.variants.hyper_attention import HyperAttention as HyperAttention
     from attnfx.variants.identity_mix import IdentityMix as IdentityMix
     from attnfx.variants.lightning import Lightning as Lightning

@@ -90,23 +90,25 @@ def wide(x: Tensor) -> Tensor:
 def chosen(attend: Attend, scores: Tensor, top: int, size: tuple[int, int], sinks: int = 0, local: int = 0) -> Tensor:
     """The table (B, H, I, J) from scores of blocks: the ``top`` best of those complete at the block's first query, those of the
     first ``sinks`` keys, those of the last ``local`` keys before it, and those that its own queries stand in."""
-    site, (rows, columns) = attend.site, size
-    number = blocks(site.keys, columns)
-    best = min(top, number)
-    first_key = torch.mul(attend.arange(number), columns)
-    always = torch.lt(first_key, sinks)
-    if ordered(site):
-        at = torch.unsqueeze(
-            torch.add(torch.mul(attend.arange(blocks(site.queries, rows)), rows), int(site.keys - site.queries)), 1
-        )
-        complete = torch.le(torch.add(first_key, columns - 1), at)
-        always = torch.logical_or(always, torch.gt(torch.add(first_key, columns - 1), torch.sub(at, local)))
-        scores = torch.masked_fill(scores, torch.logical_not(complete), float("-inf"))
-    where = torch.ops.aten.topk.default(scores, best)[1]
+    complete, always = standing(attend, size, sinks, local)
+    scores = torch.masked_fill(scores, torch.logical_not(complete), float("-inf"))
+    where = torch.ops.aten.topk.default(scores, min(top, blocks(attend.site.keys, size[1])))[1]
     picked = torch.scatter(torch.zeros_like(scores, dtype=torch.bool), 3, where, True)
-    if ordered(site):
-        picked = torch.logical_and(picked, complete)
-    return torch.logical_or(picked, always)
+    return torch.logical_or(torch.logical_and(picked, complete), always)
+
+
+def standing(attend: Attend, size: tuple[int, int], sinks: int, local: int) -> tuple[Tensor, Tensor]:
+    """Of blocks of keys, for blocks of queries (I or 1, J): which may be chosen, a run from the first key on of those complete at
+    the block's first query; and which are kept without a choice."""
+    site, (rows, columns) = attend.site, size
+    first_key = torch.mul(attend.arange(blocks(site.keys, columns)), columns)
+    always = torch.unsqueeze(torch.lt(first_key, sinks), 0)
+    if not ordered(site):
+        return torch.ones_like(always), always
+    first_query = torch.mul(attend.arange(blocks(site.queries, rows)), rows)
+    at = torch.unsqueeze(torch.add(first_query, int(site.keys - site.queries)), 1)
+    last_key = torch.add(first_key, columns - 1)
+    return torch.le(last_key, at), torch.logical_or(always, torch.gt(last_key, torch.sub(at, local)))
 
 
 def masked(site: AttentionSite, size: tuple[int, int]) -> AttentionSite:
