@@ -44,9 +44,7 @@ class SinkCalibration(Variant):
         "Yu et al. 2024, Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through "
         "Attention Calibration (arXiv:2406.15765), ACT"
     )
-    exactness: ClassVar[str] = (
-        "changes the function, training-free; with segment=0 the future of the prompt takes part in its choices"
-    )
+    exactness: ClassVar[str] = "changes the function, training-free; with segment=0 the future takes part in its choices"
 
     def __post_init__(self) -> None:
         for name in ("beta", "threshold"):

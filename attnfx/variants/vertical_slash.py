@@ -44,7 +44,7 @@ class VerticalSlash(Variant):
     block: int = 64
 
     paper: ClassVar[str] = "Jiang et al. 2024, MInference 1.0 (arXiv:2407.02490), vertical-slash heads"
-    exactness: ClassVar[str] = "approximate, training-free; with segment=0 the future of the prompt takes part in its choices"
+    exactness: ClassVar[str] = "approximate, training-free; with segment=0 the future takes part in its choices"
 
     def __post_init__(self) -> None:
         for name in ("vertical_size", "slash_size", "last_q", "local", "block"):
