@@ -5,6 +5,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from attnfx.module_paths import fold
@@ -70,15 +71,15 @@ def groups(report: "Report") -> list[Group]:
 def _sites(report: "Report") -> str:
     found = groups(report)
     decision = max(len("runs as"), *(len(group.sites[0].decision) for group in found))
-    exactness = max(len("exactness"), *(len(group.sites[0].exactness) for group in found))
+    exactness = min(max(len("exactness"), *(len(group.sites[0].exactness) for group in found)), WIDTH // 2)
     first = min(max(len(group.modules) for group in found), WIDTH - decision - exactness - 4)
     lines = [f"{'attention':{first}}  {'runs as':{decision}}  exactness".rstrip()]
     lines.append("─" * (first + decision + exactness + 4))
     for group in found:
         site = group.sites[0]
-        name, *rest = textwrap.wrap(group.modules, first) or [""]
-        lines.append(f"{name:{first}}  {site.decision:{decision}}  {site.exactness}")
-        lines.extend(rest)
+        names, gives_up = textwrap.wrap(group.modules, first), textwrap.wrap(site.exactness, exactness)
+        rows = zip_longest(names, [site.decision], gives_up, fillvalue="")
+        lines.extend(f"{name:{first}}  {runs:{decision}}  {given}".rstrip() for name, runs, given in rows)
         lines.append(_wrapped(str(site.site), "  "))
         lines.append(_wrapped(site.reason, "  "))
         lines.extend(_wrapped(bias, "  ") for bias in site.biases)

@@ -14,7 +14,7 @@ from attnfx.module_paths import fold
 from attnfx.policy import Rule
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.site import AttentionSite
-from attnfx.variants import SlidingWindow
+from attnfx.variants import SlidingWindow, TaylorWindow
 
 SIZES = [sympy.Integer(number) for number in (1, 8, 4, 2048, 2048)]
 SITE = AttentionSite(*SIZES, 64, 64, torch.float32, "cpu", expr.Score() * 0.125, keep=expr.le(expr.index("j"), expr.index("i")))
@@ -69,6 +69,15 @@ def test_table_says_what_runs_and_why() -> None:
     assert str(SITE) in text
     assert "The mask is proved causal." in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn", "a_long_module_name." * 12])
+def test_what_a_variant_gives_up_is_told_in_several_lines(module: str) -> None:
+    variant = TaylorWindow()
+    text = str(Report((_row(module, variant=variant, exact=False),)))
+    assert max(map(len, text.splitlines())) <= 100
+    table = text[: text.index(str(SITE)[:20])].replace("─", " ")
+    assert all(word in table.split() for word in variant.exactness.split())
 
 
 def test_long_names_and_sentences_stay_within_the_width() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnfx.variants.flowformer import Flowformer as Flowformer
     from attnfx.variants.gated_output import GatedOutput as GatedOutput
     from attnfx.variants.halo import Halo as Halo
+    from attnfx.variants.hierarchical_top_k import HierarchicalTopK as HierarchicalTopK
     from attnfx.variants.hyper_attention import HyperAttention as HyperAttention
     from attnfx.variants.identity_mix import IdentityMix as IdentityMix
     from attnfx.variants.lightning import Lightning as Lightning
@@ -41,11 +42,14 @@ if TYPE_CHECKING:
     from attnfx.variants.region_attention import RegionAttention as RegionAttention
     from attnfx.variants.sharded import Sharded as Sharded
     from attnfx.variants.shifted_groups import ShiftedGroups as ShiftedGroups
+    from attnfx.variants.sink_calibration import SinkCalibration as SinkCalibration
+    from attnfx.variants.sink_redistribution import SinkRedistribution as SinkRedistribution
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
     from attnfx.variants.streaming_heads import StreamingHeads as StreamingHeads
     from attnfx.variants.strided import Strided as Strided
     from attnfx.variants.taylor_window import TaylorWindow as TaylorWindow
     from attnfx.variants.temperature import Temperature as Temperature
+    from attnfx.variants.vertical_slash import VerticalSlash as VerticalSlash
     from attnfx.variants.window_attention import WindowAttention as WindowAttention
 
 

@@ -21,7 +21,8 @@ class Example:
     """An instance of a variant with an attention that it serves: for the tests, the pictures and the docs.
 
     ``tolerance`` is the largest difference from the oracle in float64; ``learns``: gradients flow as the oracle's do; ``plain``: a
-    model without a bias, or anything else beside it, is changed.
+    model without a bias, or anything else beside it, is changed; ``foresees``: under a causal mask, too, what comes after a query
+    takes part in the choice of what it sees.
     """
 
     variant: "Variant"
@@ -32,6 +33,7 @@ class Example:
     tolerance: float = 1e-9
     learns: bool = True
     plain: bool = True
+    foresees: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnfx import expr
 from attnfx.site import AttentionSite
-from attnfx.variants import dense, linear, selection
+from attnfx.variants import dense, linear, partial, selection
 from attnfx.variants.attend import Attend, beside, read
 from attnfx.variants.base import Example, Variant, whole_number
 
@@ -74,9 +74,7 @@ class HyperAttention(Variant):
         keys, values = (torch.index_select(x, 2, samples) for x in (key, value))
         far, far_lse = attend.with_lse(self._far(site), query, keys, values, [blocks[0], sampled])
         far_lse = far_lse + math.log(n / self.sample_size)
-        share = torch.unsqueeze(torch.sigmoid(far_lse - lse), -1)
-        out = near * (1 - share) + torch.where(share > 0, far, torch.zeros_like(far)) * share
-        return torch.ops.aten.to.dtype(out, site.dtype)  # type: ignore[no-any-return]
+        return partial.merged((far, far_lse), (near, lse), site)
 
     def _near(self, site: AttentionSite) -> AttentionSite:
         i, j = (expr.floordiv(expr.index(name), expr.integer(self.block_size)) for name in "ij")

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnfx import expr
+from attnfx.expr import Call, Const, Expr, Int, Score
+from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 from attnfx.variants.attend import Attend, beside, read
 
@@ -20,6 +22,8 @@ from attnfx.variants.attend import Attend, beside, read
 def objections(site: AttentionSite) -> tuple[str, ...]:
     """Why blocks cannot be chosen."""
     M, N = site.queries, site.keys
+    if direction(site.score) <= 0:
+        return (f"The scores are {site.score}, not proved to grow with q.k; blocks are chosen for the largest products.",)
     if not (M.is_Integer and N.is_Integer and site.heads.is_Integer and site.key_heads.is_Integer):
         return (f"There are {M} queries and {N} keys; blocks are chosen among numbers known when the graph is compiled.",)
     if site.facts.delta_low:
@@ -29,6 +33,24 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
     if site.facts.full:
         return ()
     return (f"The mask is {site.keep}, and is not causal: blocks that are chosen might hold no key that it keeps.",)
+
+
+def direction(score: Expr) -> int:
+    """1 where a score program is proved never to fall as q.k grows, -1 never to rise, else 0."""
+    if not isinstance(score, Call):
+        return int(isinstance(score, Score))
+    inside = [n for n, x in enumerate(score.args) if has_score(x)]
+    if len(inside) != 1:
+        return 0
+    at, found = inside[0], direction(score.args[inside[0]])
+    if score.op in ("cast", "tanh", "exp", "sigmoid", "add", "min", "max") or (score.op == "where" and at > 0):
+        return found
+    if score.op in ("neg", "sub"):
+        return found if score.op == "sub" and at == 0 else -found
+    factor = score.args[1 - at] if score.op == "mul" or (score.op == "div" and at == 0) else None
+    if isinstance(factor, Const | Int) and (isinstance(factor, Const) or factor.value.is_number):
+        return found * ((factor.value > 0) - (factor.value < 0))
+    return 0
 
 
 def ordered(site: AttentionSite) -> bool:
@@ -68,23 +90,25 @@ def wide(x: Tensor) -> Tensor:
 def chosen(attend: Attend, scores: Tensor, top: int, size: tuple[int, int], sinks: int = 0, local: int = 0) -> Tensor:
     """The table (B, H, I, J) from scores of blocks: the ``top`` best of those complete at the block's first query, those of the
     first ``sinks`` keys, those of the last ``local`` keys before it, and those that its own queries stand in."""
-    site, (rows, columns) = attend.site, size
-    number = blocks(site.keys, columns)
-    best = min(top, number)
-    first_key = torch.mul(attend.arange(number), columns)
-    always = torch.lt(first_key, sinks)
-    if ordered(site):
-        at = torch.unsqueeze(
-            torch.add(torch.mul(attend.arange(blocks(site.queries, rows)), rows), int(site.keys - site.queries)), 1
-        )
-        complete = torch.le(torch.add(first_key, columns - 1), at)
-        always = torch.logical_or(always, torch.gt(torch.add(first_key, columns - 1), torch.sub(at, local)))
-        scores = torch.masked_fill(scores, torch.logical_not(complete), float("-inf"))
-    where = torch.ops.aten.topk.default(scores, best)[1]
+    complete, always = standing(attend, size, sinks, local)
+    scores = torch.masked_fill(scores, torch.logical_not(complete), float("-inf"))
+    where = torch.ops.aten.topk.default(scores, min(top, blocks(attend.site.keys, size[1])))[1]
     picked = torch.scatter(torch.zeros_like(scores, dtype=torch.bool), 3, where, True)
-    if ordered(site):
-        picked = torch.logical_and(picked, complete)
-    return torch.logical_or(picked, always)
+    return torch.logical_or(torch.logical_and(picked, complete), always)
+
+
+def standing(attend: Attend, size: tuple[int, int], sinks: int, local: int) -> tuple[Tensor, Tensor]:
+    """Of blocks of keys, for blocks of queries (I or 1, J): which may be chosen, a run from the first key on of those complete at
+    the block's first query; and which are kept without a choice."""
+    site, (rows, columns) = attend.site, size
+    first_key = torch.mul(attend.arange(blocks(site.keys, columns)), columns)
+    always = torch.unsqueeze(torch.lt(first_key, sinks), 0)
+    if not ordered(site):
+        return torch.ones_like(always), always
+    first_query = torch.mul(attend.arange(blocks(site.queries, rows)), rows)
+    at = torch.unsqueeze(torch.add(first_query, int(site.keys - site.queries)), 1)
+    last_key = torch.add(first_key, columns - 1)
+    return torch.le(last_key, at), torch.logical_or(always, torch.gt(last_key, torch.sub(at, local)))
 
 
 def masked(site: AttentionSite, size: tuple[int, int]) -> AttentionSite:

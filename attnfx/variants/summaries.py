@@ -19,9 +19,14 @@ Seen = Callable[[Expr, Expr], Expr]
 
 def objections(site: AttentionSite, what: str, causal: bool | None = None) -> tuple[str, ...]:
     """Why keys cannot be summarised; ``what`` summarises them."""
-    sizes = (site.queries, site.heads, site.key_heads)
-    known = () if all(n.is_Integer for n in sizes) else (f"There are {site.queries} queries; {what} needs a number that is known.",)
-    return (*known, *linear.objections(site, what, causal), *linear.square(site, what))
+    return (*known(site, what), *linear.objections(site, what, causal), *linear.square(site, what))
+
+
+def known(site: AttentionSite, what: str) -> tuple[str, ...]:
+    """Why sizes are not numbers, which ``what`` needs."""
+    if all(n.is_Integer for n in (site.queries, site.keys, site.heads, site.key_heads)):
+        return ()
+    return (f"There are {site.queries} queries and {site.keys} keys; {what} needs numbers that are known.",)
 
 
 def led(attend: Attend, query: Tensor) -> Tensor:
