@@ -45,7 +45,7 @@ def peers(row: Row, inputs: tuple[Tensor, ...], device: str) -> Iterator[tuple[s
         yield GENERATED, lambda: generated(row, inputs, device)
     yield CHOSEN, lambda: chosen(row, device)
     if device == "cpu":
-        yield "eager", lambda: Made(row.eager)
+        yield "eager", lambda: Made(_as_read(row.model))
         return
     if form.formula is not None and (form.plain or form.bias is not None or row.length <= DENSE):
         for name in _backends(row):
@@ -53,7 +53,7 @@ def peers(row: Row, inputs: tuple[Tensor, ...], device: str) -> Iterator[tuple[s
     if form.formula is not None and form.bias is None:
         yield "flex", lambda: _flex(row, inputs)
     if row.length <= SCORES:
-        yield "compiled", lambda: Made(torch.compile(row.eager, dynamic=False))
+        yield "compiled", lambda: Made(_as_read(torch.compile(row.model, dynamic=False)))
     if form.formula is None and importlib.util.find_spec("fla") is not None:
         yield "fla", lambda: _fla(row)
 
@@ -119,12 +119,17 @@ def chosen(row: Row, device: str) -> Made:
         options: dict[str, Any] = {"inner": "eager"} if device == "cpu" else {}
         if row.form.formula is not None:
             options["strict_sites"] = layers
-        return torch.compile(call, backend=attnfx, dynamic=False, fullgraph=True, options=options)
+        return _as_read(torch.compile(call, backend=attnfx, dynamic=False, fullgraph=True, options=options))
 
     def two(q: Tensor, k: Tensor, v: Tensor, *loads: Tensor) -> Tensor:
-        return row.eager(row.eager(q, k, v, *loads), k, v, *loads)
+        return row.model(row.eager(q, k, v, *loads), k, v, *loads)
 
-    return Made(compiled(row.eager), twice=compiled(two, layers=2) if row.form.data else None)
+    return Made(compiled(row.model), twice=compiled(two, layers=2) if row.form.data else None)
+
+
+def _as_read(model: Attend) -> Attend:
+    """A model's (B,S,H,D) as the (B,H,S,D) that others give."""
+    return lambda *inputs: model(*inputs).transpose(1, 2)
 
 
 def _backends(row: Row) -> tuple[str, ...]:

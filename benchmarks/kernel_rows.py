@@ -82,6 +82,10 @@ class Row:
         """The mask at tensors of positions; None where everything is kept."""
         return None if self.form.keep is None else self.form.keep(self, i, j, *loads)
 
+    def model(self, q: Tensor, k: Tensor, v: Tensor, *loads: Tensor) -> Tensor:
+        """The model's spelling, laid out as its output projection reads it, (B,S,H,D)."""
+        return self.eager(q, k, v, *loads).transpose(1, 2).contiguous()
+
     def repeated(self, t: Tensor) -> Tensor:
         """Keys or values with a head for each query head."""
         return t if self.key_heads == self.heads else t.repeat_interleave(self.heads // self.key_heads, 1)
