@@ -152,16 +152,6 @@ def build(
     device: torch.device, text: str,
 ) -> Tensor:  # fmt: skip
     """The lists of a mask's plan, int32 in :func:`shape`; what is in them says `templates/classify.py`. By Triton's kernels."""
-    from attnfx.lowering import replay
-
-    about = "blocks", text, batch, heads, queries, keys, by_keys, device, *sizes
-    return replay.repeated(lambda: _built(loads, sizes, batch, heads, queries, keys, by_keys, device, text), about, loads)
-
-
-def _built(
-    loads: Sequence[Tensor], sizes: Sequence[int], batch: int, heads: int, queries: int, keys: int, by_keys: bool,
-    device: torch.device, text: str,
-) -> Tensor:  # fmt: skip
     from attnfx.lowering import codegen_blocks, handed
     from attnfx.lowering.launch import run
     from attnfx.lowering.templates.classify import profile_ends, tile_lists

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnfx.lowering.band_launch import suited
 from attnfx.lowering.checks import check
-from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, opened, padded, relieved, target_of
+from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, narrowed, opened, padded, relieved, target_of
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
@@ -37,6 +37,7 @@ class Program:
                 keep their maximum and sum apart, since in fp32 their LSE has lost the sum
     empty_zero  with exact_rows: a row without keys gives O = 0 and not NaN
     loaded      a tile of scores reads numbers of its keys
+    narrow      a window keeps few tiles of keys for a query
     key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
 
@@ -54,6 +55,7 @@ class Program:
     weight: Any | None = None
     coarse: Any | None = None
     loaded: bool = False
+    narrow: bool = False
     key: str = ""
 
     @property
@@ -127,6 +129,8 @@ class Call:
         usual = default(kernel, q.dtype, d, dv, target)
         if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target, program.loaded)
+        if program.narrow and q.dtype != torch.float32:
+            usual = narrowed(kernel, usual, d, dv, target)
         if second:
             usual, square = suited(kernel, q.dtype, d, dv, target), True
         chosen = config or tuned(kernel, program.key, q, k, v, blocks is not None, dropout_p > 0.0)

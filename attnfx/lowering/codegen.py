@@ -33,6 +33,8 @@ ELEMENTWISE = "b, h, i, j, loads, ints"
 SHORT = 64
 #: What a range returns for an end that the mask does not bound; the templates clamp it.
 FAR = 2147483647
+#: Keys of a window up to which it is narrow: a few dozen tiles.
+NARROW = 2048
 
 
 def source(plan: KernelPlan) -> str:
@@ -93,13 +95,22 @@ def program_of(text: str) -> Program:
         kv_range=getattr(found, "kv_range", None), q_range=getattr(found, "q_range", None), fill=site.fill,
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
         weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
-        key=key,
+        narrow=_narrow(plan), key=key,
     )  # fmt: skip
 
 
 def _loaded(score: Expr) -> bool:
     """Whether a tile of scores reads numbers of its keys."""
     return any(isinstance(n, Load) and expr.depends_on(n, "j") for n in expr.walk(score))
+
+
+def _narrow(plan: KernelPlan) -> bool:
+    """Whether a window of a known width keeps few tiles of keys for a query."""
+    bounds = plan.key_bounds
+    if bounds is None:
+        return False
+    widths = [hi - lo for at, lo in bounds.lo for end, hi in bounds.hi if (at, end) == ("first", "last")]
+    return any(width.is_Integer and width <= NARROW for width in widths)
 
 
 def _body(plan: KernelPlan) -> Body:

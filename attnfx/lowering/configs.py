@@ -77,7 +77,7 @@ class Table:
 HALF: dict[str, Table] = {
     "sm90": Table(
         forward=(Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 32, 8, 2)),
-        query_gradient=(Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3, spills=64), Config(64, 32, 8, 2)),
+        query_gradient=(Config(64, 32, 4, 3), Config(64, 64, 4, 2), Config(128, 64, 8, 3, spills=64), Config(64, 32, 8, 2)),
         key_gradient=(
             Config(32, 64, 4, 3),
             Config(64, 64, 4, 3, spills=32),
@@ -109,6 +109,10 @@ HALF: dict[str, Table] = {
 OPEN: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 64, 4, 2, spills=256)}}
 #: The same where the scores read numbers of their keys: those want registers, too.
 LOADED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 128, 8, 3)}}
+#: Backward in half precision where a query reads few tiles of keys, by padded head dimension.
+NARROW: dict[str, dict[Kernel, dict[int, Config]]] = {
+    "sm90": {"query_gradient": {128: Config(64, 64, 4, 2)}, "key_gradient": {128: Config(32, 64, 4, 3, spills=320)}}
+}
 # float32
 FULL: dict[str, Table] = {
     "sm90": Table(
@@ -167,6 +171,11 @@ def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, t
 def opened(config: Config, head_dim: int, value_dim: int, target: str, loaded: bool) -> Config:
     """What runs forward in place of `config`, a default in half precision, where nothing is masked; `loaded`: as in `LOADED`."""
     return (LOADED if loaded else OPEN).get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
+
+
+def narrowed(kernel: Kernel, config: Config, head_dim: int, value_dim: int, target: str) -> Config:
+    """What runs in place of `config`, a default in half precision, where a window keeps few tiles of keys."""
+    return NARROW.get(target, {}).get(kernel, {}).get(max(padded(head_dim), padded(value_dim)), config)
 
 
 def relieved(config: Config) -> Config:

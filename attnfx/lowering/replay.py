@@ -1,13 +1,15 @@
 """Calls that were made before, made again without what led to them: the torch operations and the launches, on other tensors.
 
 What an operator does follows from its plan and from the shapes, strides and dtypes of its tensors, never from their values. The
-second call of a kind is watched: a dispatch mode sees each torch operation, `launch.watched` each launch. Later calls of the kind
-repeat them, without checks, choice of blocks, or binding of arguments to a compiled kernel. What cannot be repeated, an operation
-that gives a number to the host or a tensor from elsewhere, is not remembered.
+second call of a kind is watched: a dispatch mode sees each torch operation, `launch.watched` each launch. The third is made both
+ways, and its results compared bit by bit. Later calls of the kind repeat the steps, without checks, choice of blocks, or binding of
+arguments to a compiled kernel. What cannot be repeated, an operation that gives a number to the host or a tensor from elsewhere,
+is not remembered.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,12 +27,40 @@ from attnfx.lowering import launch
 #: Kinds of calls that are remembered before all are forgotten: lengths that grow by one would be remembered for ever.
 REMEMBERED = 1024
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 Values = list[Any]
 Step = Callable[[Values], None]
 Fill = Callable[[Values], Any]
 
 _seen: set[tuple[Any, ...]] = set()
 _tapes: dict[tuple[Any, ...], Tape | None] = {}
+_proved: set[tuple[Any, ...]] = set()
+
+
+def _compared(call: Callable[[], T], tape: Tape, kind: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> T:
+    """The call as it was made before, and its tape tried beside it."""
+    result = call()
+    if any(t is not None and t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+        return result  # nothing can be compared in a graph
+    try:
+        same = _same_bits(result, tape.play(tensors))
+    except Exception:  # of whatever kind, memory too small for both among them: the call is right without a tape
+        same = False
+    if same:
+        _proved.add(kind)
+    else:
+        _tapes[kind] = None
+        _LOG.warning("a call of %s is not made again: its steps gave another result", kind[0][0])
+    return result
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        equal = torch.equal if not one.is_floating_point() else partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+        return one.shape == other.shape and one.stride() == other.stride() and bool(equal(one, other))
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same_bits, one, other))
+    return bool(one == other)
 
 
 class Unrepeatable(Exception):
@@ -59,7 +89,9 @@ def repeated(call: Callable[[], T], about: tuple[Any, ...], tensors: Sequence[Te
     kind = (about, torch.are_deterministic_algorithms_enabled(), *map(_kind, tensors))
     if kind in _tapes:
         tape = _tapes[kind]
-        return call() if tape is None else cast(T, tape.play(tensors))
+        if tape is None:
+            return call()
+        return cast(T, tape.play(tensors)) if kind in _proved else _compared(call, tape, kind, tensors)
     if kind in _seen:
         return _watched(call, kind, tensors)
     if len(_seen) >= REMEMBERED:
@@ -70,8 +102,8 @@ def repeated(call: Callable[[], T], about: tuple[Any, ...], tensors: Sequence[Te
 
 def forget() -> None:
     """All calls are made anew: what they depend on has changed."""
-    _seen.clear()
-    _tapes.clear()
+    for kept in (_seen, _tapes, _proved):
+        kept.clear()
 
 
 def _kind(tensor: Tensor | None) -> Any:
@@ -133,7 +165,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.steps.append(partial(_interpret, kernel[grid], self.fill(arguments), keywords))
             else:
                 named = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
-                self.steps.append(partial(_launch, made[grid], self.fill(tuple(named[n] for n in kernel.arg_names))))
+                self.steps.append(partial(_launch, made[(*grid, 1, 1)[:3]], self.fill(tuple(named[n] for n in kernel.arg_names))))
         except (Unrepeatable, KeyError):
             self.failed = True
 

@@ -25,17 +25,18 @@ def test_other_tensors_of_the_same_shapes(shape):
     replay.forget()
     compiled = torch.compile(_model, backend="attnfx", dynamic=False)
     slopes = 2.0 ** -torch.arange(1, shape[1] + 1, device="cuda").float()
-    for call in range(4):
+    for call in range(5):
         torch.manual_seed(call)
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         push = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
         out = compiled(q, k, v, slopes)
         grads = torch.autograd.grad(out, (q, k, v), push)
+        out, *grads = (t.detach() for t in (out, *grads))
         wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
         right = _model(*wide, slopes)
         for mine, theirs in zip((out, *grads), (right, *torch.autograd.grad(right, wide, push.float())), strict=True):
             assert float((mine.float() - theirs).norm() / theirs.norm()) < 1e-2
-    assert sum(tape is not None for tape in replay._tapes.values()) == 2
+    assert len(replay._proved) == 2
 
 
 def test_inside_of_a_cuda_graph():
@@ -44,7 +45,7 @@ def test_inside_of_a_cuda_graph():
     slopes = 2.0 ** -torch.arange(1, 5, device="cuda").float()
     q, k, v = (torch.randn(2, 4, 600, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(4):
             compiled(q, k, v, slopes)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
