@@ -162,9 +162,13 @@ class VerticalSlash(Variant):
         )
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        bands = -(-self.slash_size // self.block) + -(-self.local // self.block)
-        chosen = site.queries * (self.vertical_size + (2 * bands + 1) * self.block)
-        return sympy.Min(chosen + sympy.Min(self.segment, site.queries) * site.keys / 2, super().pairs(site))
+        M, N = site.queries, site.keys
+        bands = max(-(-self.slash_size // self.block), -(-self.local // self.block))
+        exact = sympy.Min(self.segment, M)
+        whole = exact * (N - M) + exact * (exact + 1) / 2
+        choosing = self.last_q * (M * M / self.segment if self.segment else 2 * N) / 4  # without values
+        chosen = (M - exact) * (self.vertical_size + 2 * bands * self.block)
+        return sympy.Min(whole + choosing + chosen, super().pairs(site))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
