@@ -30,9 +30,10 @@ class VerticalSlash(Variant):
 
     `segment` queries share a choice, made by the last queries up to and with their first, so that nothing is known of the future,
     and a longer prompt changes nothing of its beginning. The first segment attends to all that it may: so do a decode step and a
-    prompt of one segment. `segment=0` is the paper's prefill: the last queries of the prompt choose for all of it, and those before
-    them know the future by the choice. `block` is best at least 8, since smaller ones leave no tile out. For each head the table of
-    blocks has (queries / block) x (keys / block) bytes, and a choice's probabilities `last_q` x keys numbers.
+    prompt of one segment. `segment=0` is the paper's prefill: the last queries of the prompt choose for all of it, and those
+    before them know the future by the choice. Blocks of 128 are whole tiles of a kernel, and those below 8 leave no tile out. The
+    table of blocks has (queries / `block`) x (keys / `block`) bytes for each head, and the probabilities that a choice looks at are
+    `last_q` x keys numbers.
     """
 
     vertical_size: int = 1000
@@ -41,7 +42,7 @@ class VerticalSlash(Variant):
     segment: int = 16384
     sinks: int = 30
     local: int = 100
-    block: int = 64
+    block: int = 128
 
     paper: ClassVar[str] = "Jiang et al. 2024, MInference 1.0 (arXiv:2407.02490), vertical-slash heads"
     exactness: ClassVar[str] = "approximate, training-free; with segment=0 the future takes part in its choices"
@@ -77,7 +78,8 @@ class VerticalSlash(Variant):
         chosen = [self._chosen(attend, query, key, first) for first in starts]
         columns = torch.cat([each[0] for each in chosen], 2)  # (B, H, S * width): keys, each choice's in order
         kept = self._crossed(site, torch.stack([each[1] for each in chosen], 2))  # (B, H, segments, distances of blocks)
-        near = attend.with_lse(selection.masked(site, self._size), query, key, value, [self._table(attend, kept)])
+        own = selection.masked(site, self._size).replace(empty_rows="zero")  # there is none: each query keeps its own key
+        near = attend.with_lse(own, query, key, value, [self._table(attend, kept)])
         heads, group = int(site.key_heads), int(site.heads) // int(site.key_heads)
         at = torch.unsqueeze(torch.flatten(torch.unflatten(columns, 1, (heads, group)), 2, 3), -1)
         keys, values = (
