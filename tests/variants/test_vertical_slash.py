@@ -116,6 +116,6 @@ def test_refusals() -> None:
         (site.replace(queries=sympy.Symbol("s0")), "numbers that are known"),
     ):  # fmt: skip
         assert any(words in sentence for sentence in variant.objections(changed)), words
-    for parameters in ({"segment": 100}, {"segment": 32, "block": 32}, {"slash_size": 0}, {"block": 0}):
+    for parameters in ({"segment": 100}, {"segment": 32, "block": 32}, {"slash_size": 0}, {"block": 0}, {"vertical_size": 29}):
         with pytest.raises(PolicyError, match="VerticalSlash"):
             VerticalSlash(**parameters)
