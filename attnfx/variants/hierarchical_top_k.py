@@ -31,7 +31,7 @@ class HierarchicalTopK(Variant):
     """
 
     mask_k: int = 2048
-    block_size_q: int = 64
+    block_size_q: int = 128
     block_size_k: int = 64
     sinks: int = 64
     sliding_window: int = 128

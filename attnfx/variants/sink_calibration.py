@@ -105,7 +105,7 @@ class SinkCalibration(Variant):
             read(each, b, h, segment, j, dtype=torch.bool),
         )
         keep = expr.logical_and(site.keep, sink if of_sinks else expr.logical_not(sink))
-        return made.replace(keep=keep, empty_rows="zero" if of_sinks else site.empty_rows)
+        return made.replace(keep=keep, empty_rows="zero")  # the first key is always among the others
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         return super().pairs(site) * 3

@@ -30,9 +30,10 @@ class VerticalSlash(Variant):
 
     `segment` queries share a choice, made by the last queries up to and with their first, so that nothing is known of the future,
     and a longer prompt changes nothing of its beginning. The first segment attends to all that it may: so do a decode step and a
-    prompt of one segment. `segment=0` is the paper's prefill: the last queries of the prompt choose for all of it, and those before
-    them know the future by the choice. `block` is best at least 8, since smaller ones leave no tile out. For each head the table of
-    blocks has (queries / block) x (keys / block) bytes, and a choice's probabilities `last_q` x keys numbers.
+    prompt of one segment. `segment=0` is the paper's prefill: the last queries of the prompt choose for all of it, and those
+    before them know the future by the choice. Blocks of 128 are whole tiles of a kernel, and those below 8 leave no tile out. The
+    table of blocks has (queries / `block`) x (keys / `block`) bytes for each head, and the probabilities that a choice looks at are
+    `last_q` x keys numbers.
     """
 
     vertical_size: int = 1000
@@ -41,7 +42,7 @@ class VerticalSlash(Variant):
     segment: int = 16384
     sinks: int = 30
     local: int = 100
-    block: int = 64
+    block: int = 128
 
     paper: ClassVar[str] = "Jiang et al. 2024, MInference 1.0 (arXiv:2407.02490), vertical-slash heads"
     exactness: ClassVar[str] = "approximate, training-free; with segment=0 the future takes part in its choices"
@@ -51,6 +52,8 @@ class VerticalSlash(Variant):
             whole_number(self, name, least=1)
         whole_number(self, "segment", least=0)
         whole_number(self, "sinks", least=0)
+        if self.sinks > self.vertical_size:
+            raise PolicyError(f"VerticalSlash.sinks is {self.sinks}; it must be at most vertical_size, {self.vertical_size}.")
         if self.segment % self.block or 0 < self.segment < self.last_q:
             raise PolicyError(
                 f"VerticalSlash.segment is {self.segment}; it must be 0 or a multiple of block, {self.block}, and not less than "
@@ -74,10 +77,10 @@ class VerticalSlash(Variant):
         starts = self._starts(int(site.queries))
         if not starts:
             return attend(site, query, key, value)
-        chosen = [self._chosen(attend, query, key, first) for first in starts]
-        columns = torch.cat([each[0] for each in chosen], 2)  # (B, H, S * width): keys, each choice's in order
-        kept = self._crossed(site, torch.stack([each[1] for each in chosen], 2))  # (B, H, segments, distances of blocks)
-        near = attend.with_lse(selection.masked(site, self._size), query, key, value, [self._table(attend, kept)])
+        columns, bands = self._chosen(attend, query, key, starts)
+        kept = self._crossed(site, bands)  # (B, H, segments, distances of blocks)
+        own = selection.masked(site, self._size).replace(empty_rows="zero")  # there is none: each query keeps its own key
+        near = attend.with_lse(own, query, key, value, [self._table(attend, kept)])
         heads, group = int(site.key_heads), int(site.heads) // int(site.key_heads)
         at = torch.unsqueeze(torch.flatten(torch.unflatten(columns, 1, (heads, group)), 2, 3), -1)
         keys, values = (
@@ -101,19 +104,28 @@ class VerticalSlash(Variant):
         """How many keys each choice gathers: the first one may know fewer."""
         return min(self.vertical_size, self._starts(int(site.queries))[0] + 1 + int(site.keys - site.queries))
 
-    def _chosen(self, attend: Attend, query: Tensor, key: Tensor, last: int) -> tuple[Tensor, Tensor]:
-        """What the queries up to and with ``last`` choose: keys (B, H, width), and of the bands which (B, H, bands)."""
+    def _sums(self, attend: Attend, query: Tensor, key: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """What the queries up to and with ``last`` give keys (B, H, N), -1 those they do not see, and bands (B, H, bands)."""
         site, seen = attend.site, last + 1 + int(attend.site.keys - attend.site.queries)
         weights = last_queries.weights(attend, query, key, last, self.last_q)
-        columns = torch.masked_fill(torch.sum(weights, 2), torch.lt(attend.arange(seen), self.sinks), float("inf"))
-        keys = torch.sort(torch.topk(columns, self._width(site))[1])[0]
+        columns = pad(torch.sum(weights, 2), (0, int(site.keys) - seen), value=-1.0)
         bands = selection.blocks(site.keys, self.block)
-        distances = pad(last_queries.by_distance(weights, min(self.last_q, last + 1), seen), (0, bands * self.block - seen))
-        mass = torch.sum(torch.unflatten(distances, 2, (bands, self.block)), 3)
-        local = torch.lt(attend.arange(bands), -(-self.local // self.block))
-        best = torch.topk(torch.masked_fill(mass, local, float("inf")), min(-(-self.slash_size // self.block), bands))[1]
-        picked = torch.scatter(torch.zeros_like(mass, dtype=torch.bool), 2, best, True)
-        return keys, torch.logical_or(torch.logical_and(picked, torch.gt(mass, 0)), local)
+        distances = last_queries.by_distance(weights, min(self.last_q, last + 1), seen)
+        padded = pad(distances, (0, bands * self.block - seen))
+        return columns, torch.sum(torch.unflatten(padded, 2, (bands, self.block)), 3)
+
+    def _chosen(self, attend: Attend, query: Tensor, key: Tensor, starts: list[int]) -> tuple[Tensor, Tensor]:
+        """The keys that each choice gathers, in order (B, H, S * width), and which bands it keeps (B, H, S, bands)."""
+        sums = [self._sums(attend, query, key, last) for last in starts]
+        columns, mass = (torch.stack(each, 2) for each in zip(*sums, strict=True))
+        sinks = torch.logical_and(torch.lt(attend.arange(int(attend.site.keys)), self.sinks), torch.ge(columns, 0))
+        keys = torch.topk(torch.masked_fill(columns, sinks, float("inf")), self._width(attend.site))[1]
+        number = selection.blocks(attend.site.keys, self.block)
+        local = torch.lt(attend.arange(number), -(-self.local // self.block))
+        best = torch.topk(torch.masked_fill(mass, local, float("inf")), min(-(-self.slash_size // self.block), number))[1]
+        picked = torch.scatter(torch.zeros_like(mass, dtype=torch.bool), 3, best, True)
+        kept = torch.logical_or(torch.logical_and(picked, torch.gt(mass, 0)), local)
+        return torch.flatten(torch.sort(keys)[0], 2, 3), kept
 
     def _crossed(self, site: AttentionSite, bands: Tensor) -> Tensor:
         """Of blocks of pairs, by their distance in blocks, from -1 on, whether a band of (B, H, S, bands) crosses them."""
@@ -162,9 +174,13 @@ class VerticalSlash(Variant):
         )
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        bands = -(-self.slash_size // self.block) + -(-self.local // self.block)
-        chosen = site.queries * (self.vertical_size + (2 * bands + 1) * self.block)
-        return sympy.Min(chosen + sympy.Min(self.segment, site.queries) * site.keys / 2, super().pairs(site))
+        M, N = site.queries, site.keys
+        bands = max(-(-self.slash_size // self.block), -(-self.local // self.block))
+        exact = sympy.Min(self.segment, M)
+        whole = exact * (N - M) + exact * (exact + 1) / 2
+        choosing = self.last_q * (M * M / self.segment if self.segment else 2 * N) / 4  # without values
+        chosen = (M - exact) * (self.vertical_size + 2 * bands * self.block)
+        return sympy.Min(whole + choosing + chosen, super().pairs(site))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None

@@ -74,22 +74,33 @@ class Spy(OnTensors):
         return torch.zeros(*shape, 8), torch.zeros(shape)
 
 
-@pytest.mark.parametrize(("segment", "near", "far"), [(512, 0.37, 0.35), (0, 0.2, 1.0)])
-def test_tiles_are_left_out(segment: int, near: float, far: float) -> None:
-    N = 2048
-    variant = VerticalSlash(100, 128, 16, segment, 10, 64, 32)
+def tiles(variant: VerticalSlash, N: int) -> list[tuple[Tensor, Tensor]]:
+    """(certainly kept, possibly kept) of the tiles of bands and of gathered keys."""
     example = Example(variant, N, N)
     site = site_of(example, torch.float32).replace(batch=sympy.Integer(1))
     q, k, v = (t[:1] for t in tensors_of(example, torch.float32))
     spy = Spy(site, (), q.device, "portable")
     variant.compose(spy, q, k, v)
-    parts = []
-    for made, more in spy.seen:
-        tiling = Tiling(1, 4, N, int(made.keys), 128, 64)
-        parts.append(float(kinds(enclose(made.keep), tiling, list(more), {}, q.device)[1].float().mean()))
-    assert 0 < parts[0] <= near  # of all, of which the causal ones are half
-    assert 0 < parts[1] <= far
-    assert parts[0] * N * N <= float(variant.pairs(site)) * 1.5
+    return [
+        kinds(enclose(made.keep), Tiling(1, 4, N, int(made.keys), 128, 64), list(more), {}, q.device) for made, more in spy.seen
+    ]
+
+
+@pytest.mark.parametrize(("segment", "near", "far"), [(512, 0.37, 0.35), (0, 0.2, 1.0)])
+def test_tiles_are_left_out(segment: int, near: float, far: float) -> None:
+    N, variant = 2048, VerticalSlash(100, 128, 16, segment, 10, 64, 32)
+    bands, gathered = (float(may.float().mean()) for _, may in tiles(variant, N))
+    assert 0 < bands <= near  # of all, of which the causal ones are half
+    assert 0 < gathered <= far
+    site = site_of(Example(variant, N, N), torch.float32)
+    assert bands * N * N <= float(variant.pairs(site)) * 1.5
+
+
+def test_large_blocks_are_whole_tiles() -> None:
+    must, may = tiles(VerticalSlash(100, 256, 16, 512, 10), 2048)[0]
+    diagonal = torch.arange(32) // 2 == torch.arange(16)[:, None]
+    assert torch.equal(must[:, :, ~diagonal], may[:, :, ~diagonal])
+    assert not bool(may[:, :, 15].all())
 
 
 def test_refusals() -> None:
@@ -105,6 +116,6 @@ def test_refusals() -> None:
         (site.replace(queries=sympy.Symbol("s0")), "numbers that are known"),
     ):  # fmt: skip
         assert any(words in sentence for sentence in variant.objections(changed)), words
-    for parameters in ({"segment": 100}, {"segment": 32, "block": 32}, {"slash_size": 0}, {"block": 0}):
+    for parameters in ({"segment": 100}, {"segment": 32, "block": 32}, {"slash_size": 0}, {"block": 0}, {"vertical_size": 29}):
         with pytest.raises(PolicyError, match="VerticalSlash"):
             VerticalSlash(**parameters)
