@@ -30,8 +30,9 @@ Number = Callable[[fx.Node], int]
 
 @dataclass(frozen=True)
 class LinearMatch:
-    """An attention without a softmax over keys and the graph nodes it stands for. ``inside``: the sums it looks
-    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: what speaks for this reading."""
+    """An attention without a softmax over keys and the graph nodes it stands for. ``mapped``: queries and keys behind their feature
+    maps; ``inside``: the sums it looks into and those of its divisor; ``through``: every node known to be part of it;
+    ``evidence``: what speaks for this reading; ``form``: how the model spells it ("quadratic", "running" or "linear")."""
 
     site: AttentionSite
     output: fx.Node
@@ -45,6 +46,8 @@ class LinearMatch:
     inside: frozenset[fx.Node]
     through: frozenset[fx.Node]
     evidence: int
+    mapped: tuple[Operand, Operand]
+    form: str
 
     @property
     def pattern(self) -> str:
@@ -75,6 +78,10 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     key, key_map = _operand(mirror, reading, key_map, reading.key.steps, extents, alone)
     value = _root(mirror, reading, reading.value.steps, extents, alone)
     (f, c_q), (g, c_k) = _unscaled(query_map.map), _unscaled(key_map.map)
+    mapped_query, mapped_key = (
+        raw if m.identity else _root(mirror, reading, factor.steps, extents, alone)
+        for raw, m, factor in ((query, f, reading.query), (key, g, reading.key))
+    )
     result = understood(reading.output, reading.index, extents, alone)
     if result is None:
         raise Refused("the axes of the result cannot be told apart")
@@ -85,16 +92,17 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     divisor = canonical(divided.divisor, layout, extents)
     formula = reading.scores is not None and not _scaled_score(weight)
     masked = _pairwise(weight) or _pairwise(keep)
-    mapped = not (f.identity or g.identity)
-    _suspect(mirror, reading, strong=divided.normaliser != "none" or masked, telling=formula or mapped or not g.identity)
+    both_mapped = not (f.identity or g.identity)
+    _suspect(mirror, reading, strong=divided.normaliser != "none" or masked, telling=formula or both_mapped or not g.identity)
     score, keep, divisor, loads = _numbered(mirror, reading, weight, keep, divisor)
     site = _site(mirror, reading, layout, extents, score, keep, loads, (f, g), divided, divisor)
     last_axis = expr.symbols(reading.index[-1]) == {reading.e} if reading.index else False
-    evidence = 16 * (divided.normaliser != "none") + 8 * masked + 4 * mapped + 4 * formula + 2 * aligned_tokens(reading) + last_axis
+    evidence = 16 * (divided.normaliser != "none") + 8 * masked + 4 * both_mapped + 4 * formula + 2 * aligned_tokens(reading) + last_axis
     nodes = {n for f_ in (reading.query, reading.key, reading.value) for n, _ in f_.steps[:-1]}
     through = frozenset(nodes | query_map.through | key_map.through | reading.opened | {reading.output})
     return LinearMatch(
         site, reading.output, result, query, key, value, layout, extents, loads, reading.opened | divided.sums, through, evidence,
+        (mapped_query, mapped_key), reading.form,
     )  # fmt: skip
 
 
@@ -227,7 +235,7 @@ def _site(
     return AttentionSite(
         batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
         queries=extents.sizes[layout.i], keys=extents.sizes[layout.j], head_dim=width(layout.d, "head_dim"),
-        value_dim=width(layout.dv, "value head_dim"), dtype=tensor.dtype, device=tensor.device.type, score=score, keep=keep,
+        value_dim=width(layout.dv, "value head_dim"), dtype=reading.dtype, device=tensor.device.type, score=score, keep=keep,
         fill=0.0, side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and mirror.requires_grad(n)) for n in loads),
         requires_grad=grad, ranges_low=tuple(sorted(known.low.items(), key=str)),
         ranges_high=tuple(sorted(known.high.items(), key=str)),

@@ -95,6 +95,7 @@ class Expander:
         self.mirror, self.extents, self.lifter, self.number = mirror, extents, lifter, number
         self.opened, self.atoms = opened, atoms
         self.closed: list[fx.Node] = []
+        self.looked: dict[fx.Node, Index] = {}
         self.made = 0
 
     def expand(
@@ -114,6 +115,8 @@ class Expander:
         if summing and self.opened is not None and node not in self.opened:
             self.closed.append(node)
             return here
+        if summing:
+            self.looked[node] = index
         if summing or (name == "aten.einsum" and letters(node) is not None):
             return self._sum(node, index) or here
         if name in _MOVES and not self._bits(node):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: Tokens of a chunk: the scores inside of one cost about what the state does.
 CHUNK = 128
+#: What divides, of the sum l of a row's weights: l + eps, max(l, eps) or max(|l|, eps); held: a constant to gradients.
+DIVISORS = ("add", "max", "max_abs", "add held", "max held", "max_abs held")
 
 
 class Result(NamedTuple):
@@ -55,7 +57,7 @@ class _Chunk:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, state_sums: Tensor | None, causal: bool,
-    normalize: bool, eps: float,
+    normalize: bool, eps: float, divisor: str,
 ) -> Result:  # fmt: skip
     """The result from q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV), log-decays (H) and what was before: a state and its sums, or zeros.
 
@@ -84,13 +86,13 @@ def forward(
         return Result(v.new_empty((*q.shape[:3], v.shape[3])), S.new_empty(q.shape[:3] if normalize else (0,)), S, z)
     sums = torch.cat(totals, -1) if normalize else z.new_empty(0)
     out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-    return Result((out / (sums + eps)[..., None] if normalize else out).to(v.dtype), sums, S, z)
+    return Result((out / divided_by(sums, eps, divisor)[..., None] if normalize else out).to(v.dtype), sums, S, z)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, state_sums: Tensor | None, out: Tensor,
     sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, grad_state: Tensor | None, grad_state_sums: Tensor | None,
-    causal: bool, normalize: bool, eps: float,
+    causal: bool, normalize: bool, eps: float, divisor: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, the state and its sums, in their dtypes and shapes; of a state that was not given, one of zeros."""
     wide, heads, key_heads = wide_of(q), q.shape[1], k.shape[1]
@@ -98,7 +100,7 @@ def backward(
     S, z = _begun(q, v, state, state_sums, normalize)
     P, p = _begun(q, v, grad_state, grad_state_sums, normalize)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    G, g = upstream(out, sums, grad_out, grad_sums, normalize, eps)
+    G, g = upstream(out, sums, grad_out, grad_sums, normalize, eps, divisor)
 
     def rows(c: _Chunk) -> tuple[Tensor, Tensor | None]:
         """The chunk's gradients of numerators (B,H,n,DV) and of denominators (B,H,n,1)."""
@@ -155,14 +157,32 @@ def backward(
 
 
 def upstream(
-    out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, normalize: bool, eps: float
+    out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, normalize: bool, eps: float, divisor: str
 ) -> tuple[Tensor, Tensor]:
-    """What dO is multiplied with for the gradient of the numerators, 1 / l, and the gradient of the sums l: (B,H,M) each."""
+    """What dO is multiplied with for the gradient of the numerators, and the gradient of the sums: (B,H,M) each."""
     if not normalize:
         return sums, sums
-    r = 1.0 / (sums + eps)
+    r = 1.0 / divided_by(sums, eps, divisor)
     delta = (out.to(r.dtype) * grad_out.to(r.dtype)).sum(-1)
-    return r, -delta * r if grad_sums is None else grad_sums - delta * r
+    return r, gradient_of_sums(delta, r, sums, grad_sums, eps, divisor)
+
+
+def divided_by(sums: Tensor, eps: float, divisor: str) -> Tensor:
+    """What divides a row, of the sum of its weights: one of :data:`DIVISORS`."""
+    kind, _, held = divisor.partition(" ")
+    sums = sums.detach() if held else sums
+    return sums + eps if kind == "add" else (sums if kind == "max" else sums.abs()).clamp(min=eps)
+
+
+def gradient_of_sums(delta: Tensor, r: Tensor, sums: Tensor, grad_sums: Tensor | None, eps: float, divisor: str) -> Tensor:
+    """The gradient of the sums from ``delta``, sum_e dO O, and ``r``, what rows are multiplied with."""
+    kind, _, held = divisor.partition(" ")
+    made = torch.zeros_like(delta) if held else -delta * r
+    if kind == "max" and not held:
+        made = made * (sums >= eps)
+    elif kind == "max_abs" and not held:
+        made = made * sums.sign() * (sums.abs() >= eps)
+    return made if grad_sums is None else grad_sums + made
 
 
 def wide_of(x: Tensor) -> torch.dtype:

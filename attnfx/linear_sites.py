@@ -1,0 +1,57 @@
+"""Attention without a softmax over keys: whether linear attention runs it exactly, and why not."""
+
+from __future__ import annotations
+
+import sympy
+
+from attnfx.expr import Call, Expr, Score, walk
+from attnfx.lowering.linear.plan import LinearPlan, Values, linear_plan
+from attnfx.site import AttentionSite
+
+#: A length known only at run time is taken to be this where costs are compared.
+SAMPLE = 4096
+
+
+def name(site: AttentionSite) -> str:
+    """What kind of attention it is, in words."""
+    return "linear attention" if _proportional(site.score) else "attention without a softmax over keys"
+
+
+def served(site: AttentionSite, form: str, values: Values | None = None) -> tuple[LinearPlan | None, str]:
+    """How ``site`` runs, None where it stays as the model computes it, and a reason. ``form``: how the model spells it: with
+    weights of queries times keys ("quadratic"), with running sums ("running"), or with one sum over the keys first ("linear").
+    ``values``: of side tensors, where they may be read."""
+    how = {
+        "none": "its weights are not normalised", "sum": "its weights are divided by their sum",
+        "abs_sum": "its weights are divided by the sum of their magnitudes",
+    }[site.normaliser]  # fmt: skip
+    what = f"{name(site)}, {how}"
+    plan = linear_plan(site, values)
+    if isinstance(plan, str):
+        return None, f"{what}: left as the model computes it. {plan}"
+    if form == "linear":
+        return None, f"{what}: left as the model computes it, with a sum over the keys first, in time that grows with the length"
+    if form == "quadratic" and not _cheaper(site):
+        few = f"{site.queries} queries and {site.keys} keys cost less than states of {site.head_dim} x {site.value_dim} numbers"
+        return None, f"{what}: left as the model computes it. {few}."
+    state = f"a state of {site.head_dim} x {site.value_dim} numbers a head goes along the keys"
+    return plan, f"{what}: {state}, so that time and memory grow with the length, not with its square"
+
+
+def _cheaper(site: AttentionSite) -> bool:
+    """Whether sums over keys cost less than all pairs of queries and keys."""
+    m, n = (size.subs(dict.fromkeys(size.free_symbols, SAMPLE)) for size in map(sympy.sympify, (site.queries, site.keys)))
+    d, e = site.head_dim, site.value_dim
+    return bool(m * n * (d + e) > (m + n) * d * e)
+
+
+def _proportional(e: Expr) -> bool:
+    """Whether a formula is the score times something that does not hold it: then sums over keys come first."""
+    if isinstance(e, Score):
+        return True
+    if not isinstance(e, Call) or e.op not in ("mul", "div"):
+        return False
+    a, b = e.args
+    if e.op == "mul" and any(isinstance(n, Score) for n in walk(b)):
+        a, b = b, a
+    return _proportional(a) and not any(isinstance(n, Score) for n in walk(b))

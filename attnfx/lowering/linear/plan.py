@@ -1,0 +1,279 @@
+"""Attention without a softmax over keys as one call of linear attention: factors of queries and of keys, a decay, a divisor.
+
+    w_ij = [j <= i + N - M] lam^(i + N - M - j) a_i b_j (f(q_i) . g(k_j))      O_i = sum_j w_ij v_j / divisor(sum_j w_ij)
+
+Here a weight, the formula that a site has, is taken apart into such a product. Each part is the model's own: nothing is added to a
+divisor, and a decay that depends on data, or a mask that is not causal, makes it another attention, which is a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+from torch import Tensor
+
+from attnfx import expr
+from attnfx.evaluate import evaluate
+from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
+from attnfx.facts import conjuncts, prove
+from attnfx.lowering.kept import where_kept
+from attnfx.nodes import has_score
+from attnfx.serialize import Reader, Writer, fields, read_symbol, write_symbol
+from attnfx.site import AttentionSite
+
+I, J, H = INDEX["i"], INDEX["j"], INDEX["h"]
+#: The values of a side tensor by its slot, or why they are not known.
+Values = Callable[[int], Tensor | str]
+#: What a factor of a key alone may be made of: it multiplies a key by itself, and must not overflow where the weight does not.
+_BOUNDED = frozenset(("add", "sub", "mul", "neg", "abs", "cast", "cos", "sin", "tanh", "sigmoid", "where", "min", "max",
+                      "lt", "le", "eq", "ne", "and", "or", "not"))  # fmt: skip
+
+
+class Refusal(Exception):
+    """The attention is no linear attention of this kind; the message is the reason, a sentence."""
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How a site runs. ``rows``: the factor a of queries, in b, h and i; ``columns``: that of keys, b, in b, h and j, h the key head;
+    ``decay``: log lam, in h; ``divisor``: one of :data:`attnfx.lowering.linear.portable.DIVISORS`, with
+    ``eps``, or empty; ``symbols``: the sizes that the formulas mention; ``given``: how many side tensors there are."""
+
+    rows: Expr
+    columns: Expr
+    causal: bool
+    decay: Expr | None = None
+    divisor: str = ""
+    eps: float = 0.0
+    symbols: tuple[sympy.Symbol, ...] = ()
+    given: int = 0
+
+    def to_json(self) -> str:
+        """The plan as text, which a cached graph keeps."""
+        writer = Writer()
+        decay = None if self.decay is None else writer.add(self.decay)
+        data = {
+            "rows": writer.add(self.rows), "columns": writer.add(self.columns), "causal": self.causal, "decay": decay,
+            "divisor": self.divisor, "eps": self.eps, "symbols": [write_symbol(s) for s in self.symbols], "given": self.given,
+            "nodes": writer.nodes,
+        }  # fmt: skip
+        return json.dumps(data, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_json(text: str) -> LinearPlan:
+        """The plan of :meth:`to_json`. Raises FormatError for text that is none."""
+        names = ("rows", "columns", "causal", "decay", "divisor", "eps", "symbols", "given", "nodes")
+        data = fields(json.loads(text), "plan of linear attention", names)
+        reader, decay = Reader(data["nodes"], data["given"]), data["decay"]
+        return LinearPlan(
+            reader.get(data["rows"]), reader.get(data["columns"]), data["causal"],
+            None if decay is None else reader.get(decay), data["divisor"], data["eps"],
+            tuple(map(read_symbol, data["symbols"])), data["given"],
+        )  # fmt: skip
+
+
+def linear_plan(site: AttentionSite, values: Values | None = None) -> LinearPlan | str:
+    """How linear attention computes ``site``, or why it does not. ``values``: of side tensors, where they may be read."""
+    try:
+        return _planned(site, values)
+    except Refusal as refusal:
+        return str(refusal)
+
+
+def _planned(site: AttentionSite, values: Values | None) -> LinearPlan:
+    rows, columns, pairs = _masks(site)
+    causal = _causal(site, pairs)
+    above, below = _factors(where_kept(site, exact_rows=False))
+    of_rows, of_columns, decays = expr.ONE, expr.ONE, list[tuple[Expr, bool]]()
+    for atom, inverse in [*((a, False) for a in above), *((b, True) for b in below)]:
+        used = expr.symbols(atom)
+        join = expr.div if inverse else expr.mul
+        if J not in used:
+            of_rows = join(of_rows, atom, _float(atom))
+        elif I not in used:
+            of_columns = join(of_columns, _bounded(atom, inverse), _float(atom))
+        else:
+            decays.append((atom, inverse))
+    if H in expr.symbols(of_columns) | expr.symbols(columns) and site.heads != site.key_heads:
+        raise Refusal("A factor of the keys differs from query head to query head, and the heads share keys.")
+    divisor, eps = _divisor(site)
+    decay = _decay(site, decays, causal, values)
+    zero = expr.constant(0.0, torch.float32)
+    a, b = (expr.where(kept, x, zero, _float(x)) for kept, x in ((rows, of_rows), (columns, of_columns)))
+    formulas = [e for e in (a, b, decay) if e is not None]
+    used = frozenset().union(*map(expr.symbols, formulas)) - set(INDEX.values())
+    return LinearPlan(a, b, causal, decay, divisor, eps, tuple(sorted(used, key=str)), len(site.side))
+
+
+def _float(e: Expr) -> torch.dtype:
+    return torch.float64 if e.dtype == torch.float64 and not isinstance(e, Const) else torch.float32
+
+
+def _masks(site: AttentionSite) -> tuple[Expr, Expr, Expr]:
+    """The terms of the mask that hold for whole queries, those for whole keys, and those for pairs."""
+    found: tuple[list[Expr], list[Expr], list[Expr]] = [], [], []
+    for term in conjuncts(site.keep):
+        used = expr.symbols(term)
+        found[0 if J not in used else 1 if I not in used else 2].append(term)
+    rows, columns, pairs = (expr.logical_and(*terms) for terms in found)
+    return rows, columns, pairs
+
+
+def _causal(site: AttentionSite, pairs: Expr) -> bool:
+    facts = prove(pairs, site.queries, site.keys, site.ranges)
+    ahead = sympy.expand(site.keys - site.queries)
+    if facts.full:
+        return False
+    if facts.causal_offset is None or sympy.expand(facts.causal_offset - ahead) != 0:
+        raise Refusal("The mask is not plainly causal with the last query at the last key; a state serves causal and full attention.")
+    if ahead != 0 and not (ahead.is_Integer and ahead > 0):
+        raise Refusal(f"There are {site.queries} queries and {site.keys} keys; a causal state needs as many, or a known number more.")
+    return True
+
+
+def _factors(w: Expr) -> tuple[list[Expr], list[Expr]]:
+    """What multiplies and what divides the score in a weight, which must be a product with the score in it once."""
+    if isinstance(w, Score):
+        return [], []
+    if isinstance(w, Call) and w.op == "cast" and has_score(w):
+        return _factors(w.args[0])
+    if isinstance(w, Call) and w.op == "neg":
+        above, below = _factors(w.args[0])
+        return [*above, expr.constant(-1.0, torch.float32)], below
+    if isinstance(w, Call) and w.op in ("mul", "div"):
+        a, b = w.args
+        if w.op == "mul" and has_score(b):
+            a, b = b, a
+        if has_score(a) and not has_score(b):
+            above, below = _factors(a)
+            more = _split(b)
+            return ([*above, *more[0]], [*below, *more[1]]) if w.op == "mul" else ([*above, *more[1]], [*below, *more[0]])
+    raise Refusal("Its weights are no multiple of the product of queries and keys.")
+
+
+def _split(e: Expr) -> tuple[list[Expr], list[Expr]]:
+    """A factor without a score as factors of its own, above and below."""
+    if isinstance(e, Call) and e.dtype.is_floating_point:
+        if e.op == "cast" and e.args[0].dtype.is_floating_point:
+            return _split(e.args[0])
+        if e.op in ("mul", "div"):
+            a, b = _split(e.args[0]), _split(e.args[1])
+            b = b if e.op == "mul" else b[::-1]
+            return [*a[0], *b[0]], [*a[1], *b[1]]
+    return [e], []
+
+
+def _bounded(e: Expr, inverse: bool) -> Expr:
+    """A factor of a key alone, if it is a number of about the size of what it is made of."""
+    wild = any(isinstance(n, Call) and n.op not in _BOUNDED and not _constant_divisor(n) for n in expr.walk(e))
+    if wild or (inverse and any(isinstance(n, Load) for n in expr.walk(e))):
+        raise Refusal("A factor of the keys alone may overflow where the weights do not.")
+    return e
+
+
+def _constant_divisor(e: Call) -> bool:
+    return e.op == "div" and not any(isinstance(n, Load | Call) for n in expr.walk(e.args[1]))
+
+
+def _divisor(site: AttentionSite) -> tuple[str, float]:
+    """The kind of the divisor and its number."""
+    if site.normaliser == "none":
+        return "", 0.0
+    if site.normaliser == "abs_sum":
+        raise Refusal("What divides is the sum of the magnitudes of the weights, which no state keeps.")
+    held, d = " held" if site.divisor_detached else "", site.divisor
+    if isinstance(d, Score):
+        return f"add{held}", 0.0
+    if isinstance(d, Call) and len(d.args) == 2 and d.op in ("add", "max"):
+        l, eps = d.args if has_score(d.args[0]) else d.args[::-1]
+        if isinstance(eps, Const | Int) and not expr.symbols(eps):
+            number = float(eps.value)
+            if isinstance(l, Score):
+                return f"{d.op}{held}", number
+            if d.op == "max" and isinstance(l, Call) and l.op == "abs" and isinstance(l.args[0], Score):
+                return f"max_abs{held}", number
+    raise Refusal("What divides is another formula of the sum of the weights than the sum, plus or at least a number.")
+
+
+# Decay ----------------------------------------------------------------------------------------------------------------
+
+
+def _decay(site: AttentionSite, atoms: list[tuple[Expr, bool]], causal: bool, values: Values | None) -> Expr | None:
+    """The logarithm of what a weight loses with each step between query and key."""
+    if not atoms:
+        return None
+    if not causal:
+        raise Refusal("Its weights decay with the distance to both sides; a state is for causal decay.")
+    total: Expr | None = None
+    for atom, inverse in atoms:
+        rate = _rate(site, atom, values)
+        rate = expr.call("neg", rate, dtype=torch.float64) if inverse else rate
+        total = rate if total is None else expr.call("add", total, rate, dtype=torch.float64)
+    assert total is not None
+    slots = {n.slot for n in expr.walk(total) if isinstance(n, Load)}
+    if any(site.side[s].requires_grad for s in slots if isinstance(s, int)):
+        raise Refusal("Its decay is learned, and a state has no gradient for it.")
+    return total
+
+
+def _rate(site: AttentionSite, e: Expr, values: Values | None) -> Expr:
+    if isinstance(e, Call) and e.op in ("exp", "exp2"):
+        rate = _slope(site, e.args[0])
+        return rate if e.op == "exp" else expr.call("mul", rate, Const(math.log(2.0), torch.float64), dtype=torch.float64)
+    if isinstance(e, Call) and e.op == "pow" and not _paired(e.args[0]):
+        steps = _slope(site, e.args[1])
+        base = _heads(site, e.args[0], values)
+        if not bool((base > 0).all()) or not bool(base.isfinite().all()):
+            raise Refusal(f"The base of its decay is {base.min():g}; a state needs a positive one.")
+        return expr.call("mul", steps, expr.call("log", expr.cast(e.args[0], torch.float64), dtype=torch.float64), dtype=torch.float64)
+    raise Refusal("Its weights have a factor of query and key together that is no power of their distance.")
+
+
+def _paired(e: Expr) -> bool:
+    return bool({I, J, INDEX["b"]} & expr.symbols(e))
+
+
+def _slope(site: AttentionSite, e: Expr) -> Expr:
+    """``s(h)`` where ``e`` is ``s(h)`` times the steps from key to query."""
+    if isinstance(e, Int):
+        by = e.value.coeff(I)
+        ahead = sympy.expand(site.keys - site.queries)
+        if by.is_Integer and by != 0 and sympy.expand(e.value - by * (I + ahead - J)) == 0:
+            return expr.constant(float(by), torch.float64)
+    if isinstance(e, Call) and e.op == "cast" and e.dtype.is_floating_point:
+        return _slope(site, e.args[0])
+    if isinstance(e, Call) and e.op == "neg":
+        return expr.call("neg", _slope(site, e.args[0]), dtype=torch.float64)
+    if isinstance(e, Call) and e.op in ("mul", "div"):
+        a, b = e.args
+        if e.op == "mul" and {I, J} & expr.symbols(b):
+            a, b = b, a
+        if {I, J} & expr.symbols(a) and not _paired(b):
+            return expr.call(e.op, _slope(site, a), expr.cast(b, torch.float64), dtype=torch.float64)
+    loads = any(isinstance(n, Load) and {I, J} & expr.symbols(n) for n in expr.walk(e))
+    raise Refusal(
+        "Its decay depends on the data of queries and keys; a state is for one number a head."
+        if loads
+        else "Its weights have a factor of query and key together that is no power of their distance."
+    )
+
+
+def _heads(site: AttentionSite, e: Expr, values: Values | None) -> Tensor:
+    """The numbers of a formula of the head, where they are known when the graph is compiled."""
+    slots = {n.slot for n in expr.walk(e) if isinstance(n, Load) and isinstance(n.slot, int)}
+    if not site.heads.is_Integer or (slots and values is None) or expr.symbols(e) - {H}:
+        raise Refusal("The base of its decay is not known when the graph is compiled.")
+    known: list[Tensor] = [torch.zeros(0)] * len(site.side)
+    for slot in slots:
+        found = values(slot) if values is not None else ""
+        if isinstance(found, str):
+            raise Refusal(f"The base of its decay is not known when the graph is compiled: {found}.")
+        known[slot] = found
+    return evaluate(e, {"h": torch.arange(int(site.heads))}, known, {}).double()
