@@ -287,12 +287,16 @@ def _serve_linear(
     constants: Constants,
 ) -> SiteReport:  # fmt: skip
     """Decide an attention without a softmax over keys, and splice the decision in; it is reported where it stays as it is, too."""
-    origin, match, read = origin_of(mirror, linear.output), as_match(linear), set[str]()
-    known = Known(
-        _values(constants, match, read) if constants.tables is not None else None, lambda load: "it is not looked for",
-        lambda e: guarded(mirror, constants.gm.graph, e),
-    )  # fmt: skip
-    decision = decide(linear.site.replace(origin=origin), options.policy, known, linear.form)
+    origin = origin_of(mirror, linear.output)
+    if constants.tables is None:
+        constants = Constants(constants.gm, mirror, {})  # what is computed from nothing is known everywhere
+    for match in map(as_match, linear.readings):
+        read: set[str] = set()
+        values = _values(constants, match, read)
+        known = Known(values, lambda load: "it is not looked for", lambda e: guarded(mirror, constants.gm.graph, e))
+        decision = decide(match.site.replace(origin=origin), options.policy, known, linear.form)
+        if decision.kernel is not None:
+            break
     name, kernel = prefix + origin.node, decision.kernel
     told, reason = decision.name, decision.reason
     if isinstance(kernel, LinearPlan):

@@ -161,7 +161,7 @@ def _measured(site: AttentionSite) -> Decision | None:
 
 def _linear(site: AttentionSite, rule: Rule | None, known: Known | None, form: str) -> Decision:
     """An attention without a softmax over keys runs as linear attention where that is what it is, and costs less."""
-    plan, reason = served(site, form, None if known is None else known.values)
+    plan, reason, site = served(site, form, None if known is None else known.values)
     if rule is not None and rule.variant is not None:
         objection = (
             f"The site is {linear_name(site)}, without a softmax over keys; {type(rule.variant).__name__} changes softmax attention."

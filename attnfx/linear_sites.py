@@ -17,8 +17,8 @@ def name(site: AttentionSite) -> str:
     return "linear attention" if _proportional(site.score) else "attention without a softmax over keys"
 
 
-def served(site: AttentionSite, form: str, values: Values | None = None) -> tuple[LinearPlan | None, str]:
-    """How ``site`` runs, None where it stays as the model computes it, and a reason. ``form``: how the model spells it: with
+def served(site: AttentionSite, form: str, values: Values | None = None) -> tuple[LinearPlan | None, str, AttentionSite]:
+    """How ``site`` runs, None where it stays as the model computes it, a reason, and the site as it is read for that. ``form``: how the model spells it: with
     weights of queries times keys ("quadratic"), with running sums ("running"), or with one sum over the keys first ("linear").
     ``values``: of side tensors, where they may be read."""
     how = {
@@ -26,16 +26,17 @@ def served(site: AttentionSite, form: str, values: Values | None = None) -> tupl
         "abs_sum": "its weights are divided by the sum of their magnitudes",
     }[site.normaliser]  # fmt: skip
     what = f"{name(site)}, {how}"
-    plan = linear_plan(site, values)
-    if isinstance(plan, str):
-        return None, f"{what}: left as the model computes it. {plan}"
+    made = linear_plan(site, values)
+    if isinstance(made, str):
+        return None, f"{what}: left as the model computes it. {made}", site
+    plan, site = made
     if form == "linear":
-        return None, f"{what}: left as the model computes it, with a sum over the keys first, in time that grows with the length"
+        return None, f"{what}: left as the model computes it, with a sum over the keys first, in time that grows with the length", site
     if form == "quadratic" and not _cheaper(site):
         few = f"{site.queries} queries and {site.keys} keys cost less than states of {site.head_dim} x {site.value_dim} numbers"
-        return None, f"{what}: left as the model computes it. {few}."
+        return None, f"{what}: left as the model computes it. {few}.", site
     state = f"a state of {site.head_dim} x {site.value_dim} numbers a head goes along the keys"
-    return plan, f"{what}: {state}, so that time and memory grow with the length, not with its square"
+    return plan, f"{what}: {state}, so that time and memory grow with the length, not with its square", site
 
 
 def _cheaper(site: AttentionSite) -> bool:

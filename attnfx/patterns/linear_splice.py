@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from attnfx.patterns.candidate import Candidate
@@ -16,8 +17,10 @@ def as_match(found: LinearMatch) -> Match:
     def unread(*args: Any) -> Any:
         raise LookupError("an attention without a softmax over keys has no logits")
 
-    keys = found.site.keys
+    keys, layout = found.site.keys, found.layout
+    if set(layout.groups) & (found.mapped[1].symbols | found.value.symbols):  # repeated for the query heads before it is mapped
+        layout = replace(layout, heads=(*layout.heads, *layout.groups), groups=())
     candidate = Candidate("linear", found.output, found.output, -1, keys, keys, unread, unread, unread, "zero")
     query, key = found.mapped
     loads = tuple(Past(node, node) for node in found.loads)
-    return Match(found.site, candidate, found.layout, found.extents, query, key, found.value, found.result, loads)
+    return Match(found.site, candidate, layout, found.extents, query, key, found.value, found.result, loads)

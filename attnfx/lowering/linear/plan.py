@@ -9,34 +9,24 @@ divisor, and a decay that depends on data, or a mask that is not causal, makes i
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import sympy
 import torch
-from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
 from attnfx.facts import conjuncts, prove
-from attnfx.lowering.kept import where_kept
+from attnfx.lowering.linear.decay import H, I, J, Refusal, Values, rate
+from attnfx.lowering.linear.under_mask import simplified
 from attnfx.nodes import has_score
 from attnfx.serialize import Reader, Writer, fields, read_symbol, write_symbol
 from attnfx.site import AttentionSite
 
-I, J, H = INDEX["i"], INDEX["j"], INDEX["h"]
-#: The values of a side tensor by its slot, or why they are not known.
-Values = Callable[[int], Tensor | str]
 #: What a factor of a key alone may be made of: it multiplies a key by itself, and must not overflow where the weight does not.
 _BOUNDED = frozenset(("add", "sub", "mul", "neg", "abs", "cast", "cos", "sin", "tanh", "sigmoid", "where", "min", "max",
                       "lt", "le", "eq", "ne", "and", "or", "not"))  # fmt: skip
-
-
-class Refusal(Exception):
-    """The attention is no linear attention of this kind; the message is the reason, a sentence."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +69,12 @@ class LinearPlan:
         )  # fmt: skip
 
 
-def linear_plan(site: AttentionSite, values: Values | None = None) -> LinearPlan | str:
-    """How linear attention computes ``site``, or why it does not. ``values``: of side tensors, where they may be read."""
+def linear_plan(site: AttentionSite, values: Values | None = None) -> tuple[LinearPlan, AttentionSite] | str:
+    """How linear attention computes ``site``, and the site as that reads it, or why it does not. ``values``: of side tensors,
+    where they may be read."""
+    made = simplified(site, values)
     try:
-        return _planned(site, values)
+        return _planned(made, values), made
     except Refusal as refusal:
         return str(refusal)
 
@@ -90,7 +82,7 @@ def linear_plan(site: AttentionSite, values: Values | None = None) -> LinearPlan
 def _planned(site: AttentionSite, values: Values | None) -> LinearPlan:
     rows, columns, pairs = _masks(site)
     causal = _causal(site, pairs)
-    above, below = _factors(where_kept(site, exact_rows=False))
+    above, below = _factors(site.score)
     of_rows, of_columns, decays = expr.ONE, expr.ONE, list[tuple[Expr, bool]]()
     for atom, inverse in [*((a, False) for a in above), *((b, True) for b in below)]:
         used = expr.symbols(atom)
@@ -202,9 +194,6 @@ def _divisor(site: AttentionSite) -> tuple[str, float]:
     raise Refusal("What divides is another formula of the sum of the weights than the sum, plus or at least a number.")
 
 
-# Decay ----------------------------------------------------------------------------------------------------------------
-
-
 def _decay(site: AttentionSite, atoms: list[tuple[Expr, bool]], causal: bool, values: Values | None) -> Expr | None:
     """The logarithm of what a weight loses with each step between query and key."""
     if not atoms:
@@ -213,67 +202,11 @@ def _decay(site: AttentionSite, atoms: list[tuple[Expr, bool]], causal: bool, va
         raise Refusal("Its weights decay with the distance to both sides; a state is for causal decay.")
     total: Expr | None = None
     for atom, inverse in atoms:
-        rate = _rate(site, atom, values)
-        rate = expr.call("neg", rate, dtype=torch.float64) if inverse else rate
-        total = rate if total is None else expr.call("add", total, rate, dtype=torch.float64)
+        found = rate(site, atom, values)
+        found = expr.call("neg", found, dtype=torch.float64) if inverse else found
+        total = found if total is None else expr.call("add", total, found, dtype=torch.float64)
     assert total is not None
     slots = {n.slot for n in expr.walk(total) if isinstance(n, Load)}
     if any(site.side[s].requires_grad for s in slots if isinstance(s, int)):
         raise Refusal("Its decay is learned, and a state has no gradient for it.")
     return total
-
-
-def _rate(site: AttentionSite, e: Expr, values: Values | None) -> Expr:
-    if isinstance(e, Call) and e.op in ("exp", "exp2"):
-        rate = _slope(site, e.args[0])
-        return rate if e.op == "exp" else expr.call("mul", rate, Const(math.log(2.0), torch.float64), dtype=torch.float64)
-    if isinstance(e, Call) and e.op == "pow" and not _paired(e.args[0]):
-        steps = _slope(site, e.args[1])
-        base = _heads(site, e.args[0], values)
-        if not bool((base > 0).all()) or not bool(base.isfinite().all()):
-            raise Refusal(f"The base of its decay is {base.min():g}; a state needs a positive one.")
-        return expr.call("mul", steps, expr.call("log", expr.cast(e.args[0], torch.float64), dtype=torch.float64), dtype=torch.float64)
-    raise Refusal("Its weights have a factor of query and key together that is no power of their distance.")
-
-
-def _paired(e: Expr) -> bool:
-    return bool({I, J, INDEX["b"]} & expr.symbols(e))
-
-
-def _slope(site: AttentionSite, e: Expr) -> Expr:
-    """``s(h)`` where ``e`` is ``s(h)`` times the steps from key to query."""
-    if isinstance(e, Int):
-        by = e.value.coeff(I)
-        ahead = sympy.expand(site.keys - site.queries)
-        if by.is_Integer and by != 0 and sympy.expand(e.value - by * (I + ahead - J)) == 0:
-            return expr.constant(float(by), torch.float64)
-    if isinstance(e, Call) and e.op == "cast" and e.dtype.is_floating_point:
-        return _slope(site, e.args[0])
-    if isinstance(e, Call) and e.op == "neg":
-        return expr.call("neg", _slope(site, e.args[0]), dtype=torch.float64)
-    if isinstance(e, Call) and e.op in ("mul", "div"):
-        a, b = e.args
-        if e.op == "mul" and {I, J} & expr.symbols(b):
-            a, b = b, a
-        if {I, J} & expr.symbols(a) and not _paired(b):
-            return expr.call(e.op, _slope(site, a), expr.cast(b, torch.float64), dtype=torch.float64)
-    loads = any(isinstance(n, Load) and {I, J} & expr.symbols(n) for n in expr.walk(e))
-    raise Refusal(
-        "Its decay depends on the data of queries and keys; a state is for one number a head."
-        if loads
-        else "Its weights have a factor of query and key together that is no power of their distance."
-    )
-
-
-def _heads(site: AttentionSite, e: Expr, values: Values | None) -> Tensor:
-    """The numbers of a formula of the head, where they are known when the graph is compiled."""
-    slots = {n.slot for n in expr.walk(e) if isinstance(n, Load) and isinstance(n.slot, int)}
-    if not site.heads.is_Integer or (slots and values is None) or expr.symbols(e) - {H}:
-        raise Refusal("The base of its decay is not known when the graph is compiled.")
-    known: list[Tensor] = [torch.zeros(0)] * len(site.side)
-    for slot in slots:
-        found = values(slot) if values is not None else ""
-        if isinstance(found, str):
-            raise Refusal(f"The base of its decay is not known when the graph is compiled: {found}.")
-        known[slot] = found
-    return evaluate(e, {"h": torch.arange(int(site.heads))}, known, {}).double()
