@@ -289,7 +289,7 @@ def _serve_linear(
     """Decide an attention without a softmax over keys, and splice the decision in; it is reported where it stays as it is, too."""
     origin = origin_of(mirror, linear.output)
     if constants.tables is None:
-        constants = Constants(constants.gm, mirror, {})  # what is computed from nothing is known everywhere
+        constants = Constants(constants.gm, mirror, {}, held=False)  # what is computed from nothing is known everywhere
     for match in map(as_match, linear.readings):
         read: set[str] = set()
         values = _values(constants, match, read)

@@ -34,8 +34,8 @@ _DEFAULTS = ("*", "**")
 
 @dataclass(frozen=True)
 class Decision:
-    """``kernel``: a plan, of linear attention or any other, a variant's composition, ``"vendor"`` for torch's own fused attention, or None where the site stays as it
-    was; ``beside``: what the kernel is given beside the model's own operands."""
+    """``kernel``: a plan, of linear attention or any other, a variant's composition, ``"vendor"`` for torch's own fused attention,
+    or None where the site stays as it was; ``beside``: what the kernel is given beside the model's own operands."""
 
     name: str
     kernel: KernelPlan | LinearPlan | Composition | str | None
@@ -163,11 +163,10 @@ def _linear(site: AttentionSite, rule: Rule | None, known: Known | None, form: s
     """An attention without a softmax over keys runs as linear attention where that is what it is, and costs less."""
     plan, reason, site = served(site, form, None if known is None else known.values)
     if rule is not None and rule.variant is not None:
-        objection = (
-            f"The site is {linear_name(site)}, without a softmax over keys; {type(rule.variant).__name__} changes softmax attention."
-        )
+        variant = type(rule.variant).__name__
+        objection = f"The site is {linear_name(site)}, without a softmax over keys; {variant} changes softmax attention."
         if rule.modules not in _DEFAULTS:
-            raise Objection(site.origin.module, type(rule.variant).__name__, (objection,))
+            raise Objection(site.origin.module, variant, (objection,))
         reason = f"{objection} {reason}"
     return Decision("kept" if plan is None else "linear", plan, reason, site)
 

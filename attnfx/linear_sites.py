@@ -5,11 +5,14 @@ from __future__ import annotations
 import sympy
 
 from attnfx.expr import Call, Expr, Score, walk
-from attnfx.lowering.linear.plan import LinearPlan, Values, linear_plan
+from attnfx.lowering.linear.decay import Values
+from attnfx.lowering.linear.plan import LinearPlan, linear_plan
 from attnfx.site import AttentionSite
 
 #: A length known only at run time is taken to be this where costs are compared.
 SAMPLE = 4096
+#: Sums over keys are worth their wider types where pairs cost this many times as much; chunks, whose own pairs are computed, more.
+WORTH, WORTH_CAUSAL = 4, 8
 
 
 def name(site: AttentionSite) -> str:
@@ -18,32 +21,36 @@ def name(site: AttentionSite) -> str:
 
 
 def served(site: AttentionSite, form: str, values: Values | None = None) -> tuple[LinearPlan | None, str, AttentionSite]:
-    """How ``site`` runs, None where it stays as the model computes it, a reason, and the site as it is read for that. ``form``: how the model spells it: with
-    weights of queries times keys ("quadratic"), with running sums ("running"), or with one sum over the keys first ("linear").
-    ``values``: of side tensors, where they may be read."""
+    """How ``site`` runs, None where it stays as the model computes it, a reason, and the site as it is read for that.
+
+    ``form``: how the model spells it: with weights of queries times keys ("quadratic"), with running sums ("running"), or with
+    one sum over the keys first ("linear"). ``values``: of side tensors, where they may be read.
+    """
     how = {
         "none": "its weights are not normalised", "sum": "its weights are divided by their sum",
         "abs_sum": "its weights are divided by the sum of their magnitudes",
     }[site.normaliser]  # fmt: skip
     what = f"{name(site)}, {how}"
+    left = f"{what}: left as the model computes it"
     made = linear_plan(site, values)
     if isinstance(made, str):
-        return None, f"{what}: left as the model computes it. {made}", site
+        return None, f"{left}. {made}", site
     plan, site = made
     if form == "linear":
-        return None, f"{what}: left as the model computes it, with a sum over the keys first, in time that grows with the length", site
+        return None, f"{left}, with a sum over the keys first, in time that grows with the length", site
     if form == "quadratic" and not _cheaper(site):
         few = f"{site.queries} queries and {site.keys} keys cost less than states of {site.head_dim} x {site.value_dim} numbers"
-        return None, f"{what}: left as the model computes it. {few}.", site
+        return None, f"{left}. {few}.", site
     state = f"a state of {site.head_dim} x {site.value_dim} numbers a head goes along the keys"
     return plan, f"{what}: {state}, so that time and memory grow with the length, not with its square", site
 
 
 def _cheaper(site: AttentionSite) -> bool:
-    """Whether sums over keys cost less than all pairs of queries and keys."""
+    """Whether sums over keys cost much less than all pairs of queries and keys."""
     m, n = (size.subs(dict.fromkeys(size.free_symbols, SAMPLE)) for size in map(sympy.sympify, (site.queries, site.keys)))
     d, e = site.head_dim, site.value_dim
-    return bool(m * n * (d + e) > (m + n) * d * e)
+    worth = WORTH if site.facts.full else WORTH_CAUSAL
+    return bool(m * n * (d + e) > worth * (m + n) * d * e)
 
 
 def _proportional(e: Expr) -> bool:

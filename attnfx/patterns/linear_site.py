@@ -93,6 +93,7 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     if result is None:
         raise Refused("the axes of the result cannot be told apart")
     layout = _layout(reading, key.symbols | value.symbols)
+
     def site_of(table: bool) -> tuple[AttentionSite, tuple[fx.Node, ...]]:
         weight = _weight(mirror, reading, extents, c_q * c_k, table)
         weight, keep = split_weights(canonical(weight, layout, extents))
@@ -107,7 +108,8 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     both_mapped = not (f.identity or g.identity)
     _suspect(mirror, reading, strong=divided.normaliser != "none" or masked, telling=formula or both_mapped or not g.identity)
     last_axis = expr.symbols(reading.index[-1]) == {reading.e} if reading.index else False
-    evidence = 16 * (divided.normaliser != "none") + 8 * masked + 4 * both_mapped + 4 * formula + 2 * aligned_tokens(reading) + last_axis
+    evidence = 16 * (divided.normaliser != "none") + 8 * masked + 4 * both_mapped + 4 * formula
+    evidence += 2 * aligned_tokens(reading) + last_axis
     nodes = {n for f_ in (reading.query, reading.key, reading.value) for n, _ in f_.steps[:-1]}
     through = frozenset(nodes | query_map.through | key_map.through | reading.opened | {reading.output})
     found = LinearMatch(

@@ -108,7 +108,7 @@ class Expander:
             return Product(factors=(Factor(steps, within),))
         steps = (*steps, (node, index))
         here = Product(factors=(Factor(steps, within),))
-        if self.number(node) in self.atoms or not node.meta["val"].is_floating_point():
+        if self.number(node) in self.atoms or not node.meta["val"].is_floating_point() or self.lifter.severed(node):
             return here
         name = operation(node)
         summing = sums_of(node)

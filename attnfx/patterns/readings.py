@@ -90,7 +90,8 @@ class Reading:
     def dtype(self) -> torch.dtype:
         """The widest type that a sum of it is computed in."""
         sums = [*self.looked, *([] if self.dot is None else [self.dot])]
-        return functools.reduce(torch.promote_types, (node.meta["val"].dtype for node in sums))
+        found: torch.dtype = functools.reduce(torch.promote_types, (node.meta["val"].dtype for node in sums))
+        return found
 
     @property
     def weights(self) -> tuple[Factor, ...]:
@@ -165,7 +166,8 @@ def _roles(
     own = frozenset(outs)
     sums = list(product.sums)
     common = {
-        "output": output, "index": index, "extents": extents, "product": product, "opened": opened, "atoms": atoms, "looked": looked,
+        "output": output, "index": index, "extents": extents, "product": product, "opened": opened, "atoms": atoms,
+        "looked": looked,
     }  # fmt: skip
     if len(sums) == 2:
         for j, d in (sums, sums[::-1]):

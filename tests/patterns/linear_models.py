@@ -106,7 +106,7 @@ class GammaRetNet(Heads):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = torch.arange(q.shape[2]).unsqueeze(1)
         m = torch.arange(q.shape[2]).unsqueeze(0)
-        decay = (self.gamma ** (n - m)) * (n >= m).float()
+        decay = ((self.gamma ** (n - m)) * (n >= m).float()).to(q.dtype)
         decay[decay != decay] = 0
         return (q @ k.transpose(-1, -2) * decay.unsqueeze(0)) @ v
 
@@ -133,7 +133,7 @@ class GroupedLinear(Heads):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(HEADS, 1) for x in (k, v))
-        w = (q.softmax(-1) @ k.softmax(-1).transpose(-1, -2)) * torch.tril(torch.ones(q.shape[2], q.shape[2]))
+        w = (q.softmax(-1) @ k.softmax(-1).transpose(-1, -2)) * torch.tril(torch.ones(q.shape[2], q.shape[2], dtype=q.dtype))
         return (w @ v) / w.sum(-1, keepdim=True).clamp(min=1e-3)
 
 
@@ -165,7 +165,7 @@ class FlowAttention(Heads):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         eps = 1e-6
         q, k = torch.sigmoid(q), torch.sigmoid(k)
-        normal = (torch.arange(q.shape[2]) + 1.0)[None, None, :]
+        normal = (torch.arange(q.shape[2]) + 1.0)[None, None, :].to(q.dtype)
         sink = 1.0 / torch.einsum("nhld,nhld->nhl", q + eps, k.cumsum(dim=2) + eps)
         source = 1.0 / torch.einsum("nhld,nhld->nhl", k + eps, q.cumsum(dim=2) + eps)
         conserved_sink = torch.einsum("nhld,nhld->nhl", q + eps, (k * source[..., None]).cumsum(dim=2) + eps) / normal

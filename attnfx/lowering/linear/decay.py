@@ -35,7 +35,8 @@ def rate(site: AttentionSite, e: Expr, values: Values | None) -> Expr:
             raise Refusal(f"The base of its decay is not known when the graph is compiled: {base}.")
         if not bool((base > 0).all()) or not bool(base.isfinite().all()):
             raise Refusal(f"The base of its decay is {float(base.min()):g}; a state needs a positive one.")
-        return expr.call("mul", steps, expr.call("log", expr.cast(e.args[0], torch.float64), dtype=torch.float64), dtype=torch.float64)
+        log = expr.call("log", expr.cast(e.args[0], torch.float64), dtype=torch.float64)
+        return expr.call("mul", steps, log, dtype=torch.float64)
     raise Refusal(_OTHER)
 
 
@@ -70,10 +71,9 @@ def whole(e: Expr) -> sympy.Expr | None:
         return sympy.Integer(int(e.value))
     if not isinstance(e, Call) or e.op not in ("cast", "add", "sub", "neg"):
         return None
-    parts = [whole(a) for a in e.args]
-    if any(p is None for p in parts):
+    a, b = whole(e.args[0]), whole(e.args[-1])
+    if a is None or b is None:
         return None
-    a, b = parts[0], parts[-1]
     return sympy.expand({"cast": a, "neg": -a, "add": a + b, "sub": a - b}[e.op])
 
 

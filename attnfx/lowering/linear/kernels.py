@@ -125,7 +125,8 @@ class _Call:
                 linear_mix, (grid,), x1, x2, z, out, states[0], states[1], scale, add, sums, self.rates, x1.stride(), x2.stride(),
                 z.stride(), out.stride(), strides, heads, heads // self.k.shape[1], tokens, self.chunk, eps, MODE=mode,
                 CAUSAL=self.causal, W=width, E=z.shape[3], BLOCK=self.block, BLOCK_W=block_w, BLOCK_E=block_e,
-                num_warps=8 if width > 256 or heavy else 4, num_stages=1 if heavy else 2, DIVISOR=self.divisor.partition(" ")[0], **self.switches,
+                num_warps=8 if width > 256 or heavy else 4, num_stages=1 if heavy else 2,
+                DIVISOR=self.divisor.partition(" ")[0], **self.switches,
             )  # fmt: skip
         return out
 

@@ -33,9 +33,10 @@ def linear_attention(
 ) -> Tensor:  # fmt: skip
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): sum_j lam^(p(i)-j) (q_i . k_j) v_j over the keys that query i sees.
 
-    Feature maps come before. ``decay`` (H): log lam, at most zero, a constant to gradients; it needs ``causal``, where query i
-    stands at p(i) = i + N - M and sees j <= p(i). ``normalize`` divides by the sum l of the weights and ``eps``, or by another of
-    ``DIVISORS``: "max" is max(l, eps), "max_abs" max(|l|, eps), and "max held" takes it for a constant. ``state`` (B,H,D,DV) and ``state_sums`` (B,H,D) stand for keys before the first. Raises ValueError for what does not fit.
+    Feature maps come before. ``decay`` (H): log lam, a constant to gradients; it needs ``causal``, where query i stands at
+    p(i) = i + N - M and sees j <= p(i). ``normalize`` divides by the sum l of the weights and ``eps``, or by another of
+    ``DIVISORS``: "max" is max(l, eps), "max_abs" max(|l|, eps), and "max held" takes it for a constant. ``state`` (B,H,D,DV) and
+    ``state_sums`` (B,H,D) stand for keys before the first. Raises ValueError for what does not fit.
     """
     return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums, divisor)[0]
 

@@ -31,9 +31,9 @@ _BOUNDED = frozenset(("add", "sub", "mul", "neg", "abs", "cast", "cos", "sin", "
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How a site runs. ``rows``: the factor a of queries, in b, h and i; ``columns``: that of keys, b, in b, h and j, h the key head;
-    ``decay``: log lam, in h; ``divisor``: one of :data:`attnfx.lowering.linear.portable.DIVISORS`, with
-    ``eps``, or empty; ``symbols``: the sizes that the formulas mention; ``given``: how many side tensors there are."""
+    """How a site runs. ``rows``: the factor a of queries, in b, h and i; ``columns``: that of keys, in b, h and j, h the key head;
+    ``decay``: log lam, in h; ``divisor``: one of :data:`attnfx.lowering.linear.portable.DIVISORS`, with ``eps``, or empty;
+    ``symbols``: the sizes that the formulas mention; ``given``: how many side tensors there are."""
 
     rows: Expr
     columns: Expr
@@ -83,7 +83,9 @@ def _planned(site: AttentionSite, values: Values | None) -> LinearPlan:
     rows, columns, pairs = _masks(site)
     causal = _causal(site, pairs)
     above, below = _factors(site.score)
-    of_rows, of_columns, decays = expr.ONE, expr.ONE, list[tuple[Expr, bool]]()
+    of_rows: Expr = expr.ONE
+    of_columns: Expr = expr.ONE
+    decays: list[tuple[Expr, bool]] = []
     for atom, inverse in [*((a, False) for a in above), *((b, True) for b in below)]:
         used = expr.symbols(atom)
         join = expr.div if inverse else expr.mul
@@ -124,9 +126,11 @@ def _causal(site: AttentionSite, pairs: Expr) -> bool:
     if facts.full:
         return False
     if facts.causal_offset is None or sympy.expand(facts.causal_offset - ahead) != 0:
-        raise Refusal("The mask is not plainly causal with the last query at the last key; a state serves causal and full attention.")
+        raise Refusal(
+            "The mask is not plainly causal with the last query at the last key; a state is for causal or full attention."
+        )
     if ahead != 0 and not (ahead.is_Integer and ahead > 0):
-        raise Refusal(f"There are {site.queries} queries and {site.keys} keys; a causal state needs as many, or a known number more.")
+        raise Refusal(f"There are {site.queries} queries and {site.keys} keys; a state needs as many, or a known number more.")
     return True
 
 
@@ -198,13 +202,13 @@ def _decay(site: AttentionSite, atoms: list[tuple[Expr, bool]], causal: bool, va
     """The logarithm of what a weight loses with each step between query and key."""
     if not atoms:
         return None
-    if not causal:
-        raise Refusal("Its weights decay with the distance to both sides; a state is for causal decay.")
     total: Expr | None = None
     for atom, inverse in atoms:
         found = rate(site, atom, values)
         found = expr.call("neg", found, dtype=torch.float64) if inverse else found
         total = found if total is None else expr.call("add", total, found, dtype=torch.float64)
+    if not causal:
+        raise Refusal("Its weights decay with the distance to both sides; a state is for causal decay.")
     assert total is not None
     slots = {n.slot for n in expr.walk(total) if isinstance(n, Load)}
     if any(site.side[s].requires_grad for s in slots if isinstance(s, int)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,22 +31,28 @@ class Result(NamedTuple):
 
 class _Chunk:
     """Tokens ``start`` to ``end``, and what decays inside: ``tile`` lam^(i-j) or zero, ``since`` lam^(i+1), ``until`` lam^(n-1-j)
-    and ``whole`` lam^n, each with heads in front (H, n, n), (H, n, 1), (H, n, 1), (H, 1, 1); numbers where nothing decays."""
+    and ``whole`` lam^n, each with heads in front (H, n, n), (H, n, 1), (H, n, 1), (H, 1, 1); numbers where nothing decays. A tile
+    is made where it is read: full attention is one chunk without one."""
 
     def __init__(self, start: int, end: int, decay: Tensor | None, like: Tensor) -> None:
         self.start, self.end, n = start, end, end - start
-        at = torch.arange(n, device=like.device)
-        behind = at[:, None] - at
-        self.tile = (behind >= 0).to(like.dtype)
+        self.like, self.log = like, None if decay is None else decay.to(like.dtype)[:, None, None]
         self.since = self.until = self.whole = like.new_ones(1, 1, 1)
-        if decay is not None:
-            log = decay.to(like.dtype)[:, None, None]
-            self.tile = torch.exp(log * behind.clamp(min=0)) * self.tile
-            self.since, self.until, self.whole = (torch.exp(log * p) for p in (at[:, None] + 1, n - 1 - at[:, None], n))
+        if self.log is not None:
+            at = torch.arange(n, device=like.device)[:, None]
+            self.since, self.until, self.whole = (torch.exp(self.log * p) for p in (at + 1, n - 1 - at, n))
+
+    @cached_property
+    def tile(self) -> Tensor:
+        at = torch.arange(self.end - self.start, device=self.like.device)
+        behind = at[:, None] - at
+        seen = (behind >= 0).to(self.like.dtype)
+        return seen if self.log is None else torch.exp(self.log * behind.clamp(min=0)) * seen
 
     def moved(self, start: int) -> _Chunk:
-        """The chunk of as many tokens from ``start`` on."""
+        """The chunk of as many tokens from ``start`` on, with the same tile."""
         other = copy(self)
+        other.tile = self.tile
         other.start, other.end = start, start + self.end - self.start
         return other
 

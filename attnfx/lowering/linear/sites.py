@@ -39,6 +39,9 @@ def linear_site(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tenso
         wide = torch.float64 if x.dtype == torch.float64 else None
         return (x * evaluate(factor, grid, loads, values, dtype=wide, clamp=True)).to(x.dtype)
 
+    dtype = query.dtype
+    if dtype == torch.float16 and not (_near_one(read.rows) and _near_one(read.columns)):
+        query, key, value = query.float(), key.float(), value.float()
     decay = None
     if read.decay is not None:
         with torch.no_grad():
@@ -47,7 +50,12 @@ def linear_site(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tenso
     query, key = multiplied(query, read.rows, "i"), multiplied(key, read.columns, "j")
     options = (read.causal, bool(read.divisor), read.eps, None, None, read.divisor or "add")
     out: Tensor = torch.ops.attnfx.linear_attention.default(query, key, value, decay, *options)
-    return out
+    return out.to(dtype)
+
+
+def _near_one(factor: Expr) -> bool:
+    """Whether what is multiplied with a factor stays in the range of float16, as the model's own products may not have to."""
+    return isinstance(factor, Const) and 2.0**-8 <= abs(factor.value) <= 2.0**4
 
 
 LIBRARY.impl("linear_site", linear_site, "CompositeImplicitAutograd")

@@ -14,10 +14,10 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.expr import Call, Const, Expr, Int, Load
+from attnfx.expr import Call, Const, Expr
 from attnfx.facts import Facts, conjuncts, follows, prove
 from attnfx.hulls import slacks
-from attnfx.lowering.linear.decay import I, J, Refusal, Values, numbers, rate, slope
+from attnfx.lowering.linear.decay import I, J, Refusal, Values, numbers, rate, whole
 from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 
@@ -34,16 +34,14 @@ def simplified(site: AttentionSite, values: Values | None) -> AttentionSite:
 def _masked_by_distance(site: AttentionSite, values: Values | None) -> AttentionSite:
     """A factor that is zero where a condition on positions fails: the condition is a mask."""
     for atom in _factors(site.score):
-        for condition in _conditions(atom):
-            fails = _assuming(atom, condition, holds=False)
-            if {I, J} & expr.symbols(fails):
-                continue
-            known = numbers(site, fails, values)
+        for condition, hidden in _conditions(atom):
+            zero = _assuming(atom, condition, hidden)
+            known = "" if {I, J} & expr.symbols(zero) else numbers(site, zero, values)
             if isinstance(known, str) or not bool((known == 0).all()):
                 continue
-            holds = _assuming(atom, condition, holds=True)
-            score = expr.rebuild(site.score, lambda n, atom=atom, holds=holds: holds if n == atom else None)  # type: ignore[misc]
-            return _masked_by_distance(site.replace(score=score, keep=expr.logical_and(site.keep, condition)), values)
+            shown = expr.logical_not(condition) if hidden else condition
+            score, keep = (_assuming(e, condition, not hidden) for e in (site.score, site.keep))
+            return _masked_by_distance(site.replace(score=score, keep=expr.logical_and(keep, shown)), values)
     return site
 
 
@@ -56,17 +54,17 @@ def _factors(e: Expr) -> Iterator[Expr]:
         yield e
 
 
-def _conditions(e: Expr) -> Iterator[Expr]:
+def _conditions(e: Expr) -> Iterator[tuple[Expr, bool]]:
+    """The conditions of choices in ``e`` that bound the distance, and for what value of theirs a pair may be masked."""
     for n in expr.walk(e):
-        if isinstance(n, Call) and n.op == "where":
-            for term in (n.args[0], expr.logical_not(n.args[0])):
-                if {I, J} <= expr.symbols(term) and not any(isinstance(x, Load) for x in expr.walk(term)) and slacks(term):
-                    yield term
+        if isinstance(n, Call) and n.op == "where" and {I, J} <= expr.symbols(n.args[0]):
+            for hidden in (False, True):
+                if slacks(expr.logical_not(n.args[0]) if hidden else n.args[0]):
+                    yield n.args[0], hidden
 
 
-def _assuming(e: Expr, condition: Expr, *, holds: bool) -> Expr:
-    against = expr.logical_not(condition)
-    decided = {condition: expr.TRUE if holds else expr.FALSE, against: expr.FALSE if holds else expr.TRUE}
+def _assuming(e: Expr, condition: Expr, value: bool) -> Expr:
+    decided = {condition: expr.constant(value, torch.bool)}
     return expr.rebuild(e, decided.get)
 
 
@@ -85,7 +83,11 @@ class _Decided:
 
     def of(self, e: Expr) -> Expr:
         """``e``, simpler."""
-        return expr.rebuild(e, lambda n: self._chosen(Call(n.op, tuple(map(self.of, n.args)), n.dtype)) if isinstance(n, Call) else None)
+
+        def chosen(n: Expr) -> Expr | None:
+            return self._chosen(Call(n.op, tuple(map(self.of, n.args)), n.dtype)) if isinstance(n, Call) else None
+
+        return expr.rebuild(e, chosen)
 
     def _chosen(self, e: Call) -> Expr:
         if e.op == "where":
@@ -94,19 +96,24 @@ class _Decided:
                 return on
             if self._always(expr.logical_not(condition)) or (_compares_itself(condition) and self._unit(condition.args[0])):  # type: ignore[attr-defined]
                 return off
-        if e.op in ("abs", "min", "max") and all(isinstance(a, Int) for a in e.args):
-            a = e.args[0]
-            b = Int(-a.value) if e.op == "abs" else e.args[1]  # type: ignore[attr-defined]
-            assert isinstance(a, Int) and isinstance(b, Int)
-            for larger, smaller in ((a, b), (b, a)):
-                if self._holds(larger.value - smaller.value):
-                    return smaller if e.op == "min" else larger
+        if e.op in ("abs", "min", "max") and (found := self._sided(e)) is not None:
+            return found
         if e.op in ("min", "max") and len(e.args) == 2:
             for x, bound in (e.args, e.args[::-1]):
                 idle = isinstance(bound, Const) and (bound.value >= 1 if e.op == "min" else bound.value <= 0)
                 if idle and self._unit(x):
                     return x
         return e
+
+    def _sided(self, e: Call) -> Expr | None:
+        """The operand that an absolute value, or a smaller or larger number, of whole numbers always is."""
+        a = e.args[0]
+        b = expr.call("neg", a, dtype=e.dtype) if e.op == "abs" else e.args[1]
+        m, n = whole(a), whole(b)
+        if m is None or n is None:
+            return None
+        larger, smaller = (a, b) if self._holds(m - n) else (b, a) if self._holds(n - m) else (None, None)
+        return smaller if e.op == "min" else larger
 
     def is_number(self, term: Expr) -> bool:
         """Whether a term of a mask says of a number that it is none."""
