@@ -30,9 +30,9 @@ class Result(NamedTuple):
 
 
 class _Chunk:
-    """Tokens ``start`` to ``end``, and what decays inside: ``tile`` lam^(i-j) or zero, ``since`` lam^(i+1), ``until`` lam^(n-1-j)
-    and ``whole`` lam^n, each with heads in front (H, n, n), (H, n, 1), (H, n, 1), (H, 1, 1); numbers where nothing decays. A tile
-    is made where it is read: full attention is one chunk without one."""
+    """Tokens ``start`` to ``end``, and what decays inside: ``tile`` lam^(i-j), ``since`` lam^(i+1), ``until`` lam^(n-1-j)
+    and ``whole`` lam^n, each with heads in front (H, n, n), (H, n, 1), (H, n, 1), (H, 1, 1); numbers, and no tile,
+    where nothing decays."""
 
     def __init__(self, start: int, end: int, decay: Tensor | None, like: Tensor) -> None:
         self.start, self.end, n = start, end, end - start
@@ -43,11 +43,15 @@ class _Chunk:
             self.since, self.until, self.whole = (torch.exp(self.log * p) for p in (at + 1, n - 1 - at, n))
 
     @cached_property
-    def tile(self) -> Tensor:
+    def tile(self) -> Tensor | None:
+        if self.log is None:
+            return None
         at = torch.arange(self.end - self.start, device=self.like.device)
-        behind = at[:, None] - at
-        seen = (behind >= 0).to(self.like.dtype)
-        return seen if self.log is None else torch.exp(self.log * behind.clamp(min=0)) * seen
+        return torch.exp(self.log * (at[:, None] - at).clamp(min=0))
+
+    def decayed(self, pairs: Tensor) -> Tensor:
+        """(.., n, n) with what is decayed and zeros for keys that are not seen, whatever is there."""
+        return (pairs if self.tile is None else pairs * self.tile).tril()
 
     def moved(self, start: int) -> _Chunk:
         """The chunk of as many tokens from ``start`` on, with the same tile."""
@@ -82,7 +86,7 @@ def forward(
         totals.append((queries @ z[..., None])[..., 0] if normalize else z)
     for c in _chunks(q.shape[2], decay, S) if causal else ():
         queries, keys, values = c.of(q, heads, wide), c.of(k, heads, wide), c.of(v, heads, wide)
-        A = (queries @ keys.transpose(2, 3)) * c.tile
+        A = c.decayed(queries @ keys.transpose(2, 3))
         outs.append(A @ values + (queries @ S) * c.since)
         kept = keys * c.until
         S = S * c.whole + kept.transpose(2, 3) @ values
@@ -147,15 +151,15 @@ def backward(
         if g_ is not None:
             W, inter = W + g_, inter + g_ * z[:, :, None]
             z = z * c.whole[..., 0] + kept.sum(2)
-        dq[:, :, c.start : c.end] = (W * c.tile) @ keys + inter * c.since
+        dq[:, :, c.start : c.end] = c.decayed(W) @ keys + inter * c.since
     for c in reversed(chunks):
         queries, keys, values = c.of(q, heads, wide), c.of(k, heads, wide), c.of(v, heads, wide)
         G_, g_ = rows(c)
         A, W, inter = queries @ keys.transpose(2, 3), G_ @ values.transpose(2, 3), values @ P.transpose(2, 3)
         if g_ is not None:
             W, inter = W + g_, inter + p[:, :, None]
-        keep(c, (W * c.tile).transpose(2, 3) @ queries + inter * c.until, dk)
-        keep(c, (A * c.tile).transpose(2, 3) @ G_ + keys @ P * c.until, dv)
+        keep(c, c.decayed(W).transpose(2, 3) @ queries + inter * c.until, dk)
+        keep(c, c.decayed(A).transpose(2, 3) @ G_ + keys @ P * c.until, dv)
         since = queries * c.since
         P = P * c.whole + since.transpose(2, 3) @ G_
         if g_ is not None:
