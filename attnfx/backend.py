@@ -331,7 +331,7 @@ def _values(constants: Constants, match: Match, read: set[str]) -> Callable[[int
 
 def _linear_caller(splicer: Splicer, plan: LinearPlan) -> Callable[..., fx.Node]:
     """What makes the node of linear attention from canonical operands."""
-    import attnfx.lowering.linear.sites  # noqa: F401 - registers the operator
+    import attnfx.lowering.ops  # noqa: F401 - registers the operators
 
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
         args = (query, key, value, list(loads), [splicer.number(s) for s in plan.symbols], plan.to_json())

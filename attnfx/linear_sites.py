@@ -13,6 +13,8 @@ from attnfx.site import AttentionSite
 SAMPLE = 4096
 #: Sums over keys are worth their wider types where pairs cost this many times as much; chunks, whose own pairs are computed, more.
 WORTH, WORTH_CAUSAL = 4, 8
+#: Running sums over fewer tokens are small whatever they hold.
+FEW = 16
 
 
 def name(site: AttentionSite) -> str:
@@ -38,17 +40,19 @@ def served(site: AttentionSite, form: str, values: Values | None = None) -> tupl
     plan, site = made
     if form == "linear":
         return None, f"{left}, with a sum over the keys first, in time that grows with the length", site
-    if form == "quadratic" and not _cheaper(site):
+    if not _cheaper(site, form):
         few = f"{site.queries} queries and {site.keys} keys cost less than states of {site.head_dim} x {site.value_dim} numbers"
         return None, f"{left}. {few}.", site
     state = f"a state of {site.head_dim} x {site.value_dim} numbers a head goes along the keys"
     return plan, f"{what}: {state}, so that time and memory grow with the length, not with its square", site
 
 
-def _cheaper(site: AttentionSite) -> bool:
-    """Whether sums over keys cost much less than all pairs of queries and keys."""
+def _cheaper(site: AttentionSite, form: str) -> bool:
+    """Whether sums over keys cost much less than all pairs of queries and keys, or than states of all tokens."""
     m, n = (size.subs(dict.fromkeys(size.free_symbols, SAMPLE)) for size in map(sympy.sympify, (site.queries, site.keys)))
     d, e = site.head_dim, site.value_dim
+    if form == "running":
+        return bool(n >= FEW)
     worth = WORTH if site.facts.full else WORTH_CAUSAL
     return bool(m * n * (d + e) > worth * (m + n) * d * e)
 

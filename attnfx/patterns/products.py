@@ -146,6 +146,8 @@ class Expander:
                 return a * b if a is not None and b is not None else None
             case "aten.div" | "aten.div_" | "aten.true_divide" if not node.kwargs.get("rounding_mode"):
                 return self._divided(node, index, within)
+            case "aten.add" if any(number(x) == 0 for x in node.args[:2]):  # where a loop over chunks begins
+                return self._operand(node.args[1 if number(node.args[0]) == 0 else 0], index, within)
             case "aten.neg":
                 found = self._operand(node.args[0], index, within)
                 return None if found is None else replace(found, coefficient=-found.coefficient)

@@ -12,6 +12,7 @@ from attnfx import expr
 from attnfx.evaluate import evaluate
 from attnfx.expr import Const, Expr
 from attnfx.lowering.linear.plan import LinearPlan
+from attnfx.lowering.mapped import looped
 from attnfx.lowering.ops import LIBRARY
 
 LIBRARY.define("linear_site(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan) -> Tensor")
@@ -59,3 +60,4 @@ def _near_one(factor: Expr) -> bool:
 
 
 LIBRARY.impl("linear_site", linear_site, "CompositeImplicitAutograd")
+torch.library.register_vmap("attnfx::linear_site", looped("linear_site"), lib=LIBRARY)
