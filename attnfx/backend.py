@@ -27,6 +27,7 @@ from attnfx.inner import compile_inner
 from attnfx.laid_beside import laid_beside
 from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering import form_text
+from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.plan import KernelPlan, choices
 from attnfx.mirror import Mirror
 from attnfx.nodes import Load
@@ -34,6 +35,7 @@ from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
 from attnfx.pair_bias import PairNodes, pair_behind
 from attnfx.patterns.linear_site import LinearMatch
+from attnfx.patterns.linear_splice import as_match
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
 from attnfx.policy import Policy
@@ -136,7 +138,13 @@ def _rewrite(
             pairs += [(entry.name, before, after) for before, after in splicer.rows]
         else:
             lost.append(entry)
-    kept = [_kept(mirror, linear, options, work.graph) for linear in linears]
+    kept: list[SiteReport] = []
+    for linear in linears:
+        old = mirror.dynamo_of.get(linear.output)
+        entry = _serve_linear(splicer, mirror, linear, options, refused, prefix, constants)
+        (sites if entry.rewritten else kept).append(entry)
+        if entry.rewritten and old is not None:
+            pairs.append((entry.name, old, mirror.dynamo_of[linear.output]))
     probe = measuring.probe(work, pairs if options.verify else ())
     ours = set()
     for region in regions(work):
@@ -243,10 +251,7 @@ def _decided(
     read: set[str] = set()
 
     def decided(match: Match) -> Decision:
-        def values(slot: int) -> torch.Tensor | str:
-            found = constants.of(match.loads[slot])
-            read.update(constants.read(match.loads[slot]) if isinstance(found, torch.Tensor) else ())
-            return found
+        values = _values(constants, match, read)
 
         def pair(load: Load) -> PairNodes | str:
             return "it is in a region of its own" if inside else pair_behind(mirror, match, load)
@@ -277,15 +282,62 @@ def _decided(
     return match, decision, tuple(sorted(read))
 
 
-def _kept(mirror: Mirror, linear: LinearMatch, options: Options, graph: fx.Graph) -> SiteReport:
-    """The entry of an attention that is described and left as it is."""
+def _serve_linear(
+    splicer: Splicer, mirror: Mirror, linear: LinearMatch, options: Options, refused: Mapping[str, str], prefix: str,
+    constants: Constants,
+) -> SiteReport:  # fmt: skip
+    """Decide an attention without a softmax over keys, and splice the decision in; it is reported where it stays as it is, too."""
     origin = origin_of(mirror, linear.output)
-    known = Known(None, lambda load: "it is not looked for", lambda e: guarded(mirror, graph, e))
-    decision = decide(linear.site.replace(origin=origin), options.policy, known)
+    if constants.tables is None:
+        constants = Constants(constants.gm, mirror, {}, held=False)  # what is computed from nothing is known everywhere
+    for match in map(as_match, linear.readings):
+        read: set[str] = set()
+        values = _values(constants, match, read)
+        known = Known(values, lambda load: "it is not looked for", lambda e: guarded(mirror, constants.gm.graph, e))
+        decision = decide(match.site.replace(origin=origin), options.policy, known, linear.form)
+        if decision.kernel is not None:
+            break
+    name, kernel = prefix + origin.node, decision.kernel
+    told, reason = decision.name, decision.reason
+    if isinstance(kernel, LinearPlan):
+        inside = "" if linear.output in mirror.dynamo_of else "it is inside another operation, which could not be taken apart"
+        why = mirror.reason or forward_mode() or inside or refused.get(name)
+        try:
+            if not why:
+                splicer.splice(match, _linear_caller(splicer, kernel))
+        except Exception as error:
+            if options.strict:
+                raise
+            warnings.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
+            why = f"internal error: {error}"
+        if why:
+            told, reason = "kept", f"left as the model computes it: {why}"
     return SiteReport(
-        name=origin.node, module=origin.module, pattern=linear.pattern, site=decision.site, decision=decision.name,
-        variant=None, reason=decision.reason, exact=True, source=origin.source,
+        name=name, module=origin.module, pattern=linear.pattern, site=decision.site, decision=told, variant=None, reason=reason,
+        exact=True, source=origin.source, buffers=tuple(sorted(read)),
     )  # fmt: skip
+
+
+def _values(constants: Constants, match: Match, read: set[str]) -> Callable[[int], torch.Tensor | str]:
+    """The values of the side tensors of ``match`` by slot; the names of the buffers that they come from go into ``read``."""
+
+    def values(slot: int) -> torch.Tensor | str:
+        found = constants.of(match.loads[slot])
+        read.update(constants.read(match.loads[slot]) if isinstance(found, torch.Tensor) else ())
+        return found
+
+    return values
+
+
+def _linear_caller(splicer: Splicer, plan: LinearPlan) -> Callable[..., fx.Node]:
+    """What makes the node of linear attention from canonical operands."""
+    import attnfx.lowering.ops  # noqa: F401 - registers the operators
+
+    def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
+        args = (query, key, value, list(loads), [splicer.number(s) for s in plan.symbols], plan.to_json())
+        return splicer.graph.call_function(torch.ops.attnfx.linear_site.default, args)
+
+    return call
 
 
 def _caller(splicer: Splicer, decision: Decision, device: torch.device) -> Callable[..., fx.Node]:

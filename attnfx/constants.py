@@ -25,10 +25,10 @@ MOST_NODES = 200
 
 class Constants:
     """The values of nodes of one graph. ``tables``: the inputs that may be read, by the nodes of ``mirror``; None where none
-    may be."""
+    may be. ``held``: whether tensors that the graph holds may be, which nothing guards."""
 
-    def __init__(self, gm: fx.GraphModule, mirror: Mirror, tables: Mapping[fx.Node, Buffer] | None) -> None:
-        self.gm, self.mirror, self.tables = gm, mirror, tables
+    def __init__(self, gm: fx.GraphModule, mirror: Mirror, tables: Mapping[fx.Node, Buffer] | None, *, held: bool = True) -> None:
+        self.gm, self.mirror, self.tables, self.held = gm, mirror, tables, held
         self.known: dict[fx.Node, Any] = {}
 
     def of(self, past: Past) -> Tensor | str:
@@ -69,6 +69,8 @@ class Constants:
                 often = Restless(f"{buffer.name} has changed too often to be read again")
                 return often if buffer.restless else f"{buffer.name} is too large to be read, or empty"
             return ""
+        if node.op == "get_attr" and not self.held:
+            return f"{node.name} is held by the graph"
         if node.op == "get_attr":
             return "" if isinstance(getattr(self.gm, str(node.target), None), Tensor) else f"{node.name} is no tensor"
         if node.op not in ("call_function", "call_method") or isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -90,6 +92,8 @@ class Constants:
         if node.op == "placeholder":
             buffer = (self.tables or {})[self.mirror.value[node]]
             return buffer.values
+        if node.op == "get_attr" and not self.held:
+            return f"{node.name} is held by the graph"
         if node.op == "get_attr":
             return getattr(self.gm, str(node.target)).detach()
         args: Any = fx.node.map_arg(node.args, self.known.__getitem__)

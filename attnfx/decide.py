@@ -15,9 +15,11 @@ from attnfx.composing import Composition, composed
 from attnfx.conditions import NAMES
 from attnfx.density import work
 from attnfx.errors import Objection, PolicyError
-from attnfx.expr import Call, Expr, Score, walk
+from attnfx.linear_sites import name as linear_name
+from attnfx.linear_sites import served
 from attnfx.low_rank import low_rank
 from attnfx.lowering import vendor
+from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.neural import neural
 from attnfx.policy import Policy, Rule
@@ -32,11 +34,11 @@ _DEFAULTS = ("*", "**")
 
 @dataclass(frozen=True)
 class Decision:
-    """``kernel``: a plan, a variant's composition, ``"vendor"`` for torch's own fused attention, or None where the site stays as it
-    was; ``beside``: what the kernel is given beside the model's own operands."""
+    """``kernel``: a plan, of linear attention or any other, a variant's composition, ``"vendor"`` for torch's own fused attention,
+    or None where the site stays as it was; ``beside``: what the kernel is given beside the model's own operands."""
 
     name: str
-    kernel: KernelPlan | Composition | str | None
+    kernel: KernelPlan | LinearPlan | Composition | str | None
     reason: str
     site: AttentionSite
     variant: Variant | None = None
@@ -48,14 +50,15 @@ class Decision:
         return self.variant is None
 
 
-def decide(site: AttentionSite, policy: Policy, known: Known | None = None) -> Decision:
+def decide(site: AttentionSite, policy: Policy, known: Known | None = None, form: str = "linear") -> Decision:
     """What runs ``site``. Raises Objection where a rule names this module's variant and the variant cannot serve it.
 
-    ``known``: what the graph tells of its side tensors, for variants that are computed from them.
+    ``known``: what the graph tells of its side tensors, for variants that are computed from them; ``form``: how an attention
+    without a softmax over keys is spelled.
     """
     rule = policy.choose(site.origin.module, phase(site), _Sizes(site, known))
     if not site.exponential:
-        return _linear(site, rule)
+        return _linear(site, rule, known, form)
     if rule is None or rule.variant is None:
         return _exact(site)
     return _by_rule(site, rule, rule.variant, known)
@@ -156,32 +159,16 @@ def _measured(site: AttentionSite) -> Decision | None:
     return Decision(plan.family, plan, f"measured: {won.generated_ms:g} ms, torch's own kernel {won.vendor_ms:g} ms", site)
 
 
-def _proportional(e: Expr) -> bool:
-    """Whether a formula is the score times something that does not hold it: then sums over keys come first."""
-    if isinstance(e, Score):
-        return True
-    if not isinstance(e, Call) or e.op not in ("mul", "div"):
-        return False
-    a, b = e.args
-    if e.op == "mul" and any(isinstance(n, Score) for n in walk(b)):
-        a, b = b, a
-    return _proportional(a) and not any(isinstance(n, Score) for n in walk(b))
-
-
-def _linear(site: AttentionSite, rule: Rule | None) -> Decision:
-    """An attention without a softmax over keys stays as the model computes it: no lowering of it exists."""
-    name = "linear attention" if _proportional(site.score) else "attention without a softmax over keys"
-    how = {
-        "none": "its weights are not normalised", "sum": "its weights are divided by their sum",
-        "abs_sum": "its weights are divided by the sum of their magnitudes",
-    }[site.normaliser]  # fmt: skip
-    reason = f"{name}, {how}: left as the model computes it"
+def _linear(site: AttentionSite, rule: Rule | None, known: Known | None, form: str) -> Decision:
+    """An attention without a softmax over keys runs as linear attention where that is what it is, and costs less."""
+    plan, reason, site = served(site, form, None if known is None else known.values)
     if rule is not None and rule.variant is not None:
-        objection = f"The site is {name}, without a softmax over keys; {type(rule.variant).__name__} changes softmax attention."
+        variant = type(rule.variant).__name__
+        objection = f"The site is {linear_name(site)}, without a softmax over keys; {variant} changes softmax attention."
         if rule.modules not in _DEFAULTS:
-            raise Objection(site.origin.module, type(rule.variant).__name__, (objection,))
+            raise Objection(site.origin.module, variant, (objection,))
         reason = f"{objection} {reason}"
-    return Decision("kept", None, reason, site)
+    return Decision("kept" if plan is None else "linear", plan, reason, site)
 
 
 def _shape(site: AttentionSite) -> str:

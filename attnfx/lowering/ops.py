@@ -268,7 +268,7 @@ def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
 
 
 def _register() -> None:
-    import attnfx.lowering.linear.ops  # noqa: F401 - registers its operators
+    import attnfx.lowering.linear.sites  # noqa: F401 - registers its operators
     from attnfx.lowering import mapped, transforms
 
     LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")

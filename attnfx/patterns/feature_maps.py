@@ -126,7 +126,7 @@ def history_of(mirror: Mirror, lifter: Lifter, step: Step) -> tuple[Step, ...]:
         older: Step | None = None
         if name in _MOVES:
             older = lifter.moved(node, index)
-        elif name in CASTS and is_tensor(node.args[0]) and _floating(node.args[0]) and _floating(node):
+        elif name in CASTS and not lifter.severed(node) and is_tensor(node.args[0]) and _floating(node.args[0]) and _floating(node):
             older = node.args[0], index  # type: ignore[assignment]
         if older is None or mirror.overwritten(older[0], lifter.at):
             return tuple(steps)

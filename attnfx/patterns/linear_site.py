@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -30,8 +30,10 @@ Number = Callable[[fx.Node], int]
 
 @dataclass(frozen=True)
 class LinearMatch:
-    """An attention without a softmax over keys and the graph nodes it stands for. ``inside``: the sums it looks
-    into and those of its divisor; ``through``: every node known to be part of it; ``evidence``: what speaks for this reading."""
+    """An attention without a softmax over keys and the graph nodes it stands for. ``mapped``: queries and keys behind their feature
+    maps; ``inside``: the sums it looks into and those of its divisor; ``through``: every node known to be part of it;
+    ``evidence``: what speaks for this reading; ``form``: how the model spells it ("quadratic", "running" or "linear");
+    ``closer``: the same with a formula for a table of all pairs that this one reads as data."""
 
     site: AttentionSite
     output: fx.Node
@@ -45,6 +47,14 @@ class LinearMatch:
     inside: frozenset[fx.Node]
     through: frozenset[fx.Node]
     evidence: int
+    mapped: tuple[Operand, Operand]
+    form: str
+    closer: LinearMatch | None = None
+
+    @property
+    def readings(self) -> tuple[LinearMatch, ...]:
+        """The closest look first, this one last."""
+        return (self,) if self.closer is None else (*self.closer.readings, self)
 
     @property
     def pattern(self) -> str:
@@ -75,27 +85,44 @@ def describe(mirror: Mirror, number: Number, reading: Reading) -> LinearMatch | 
     key, key_map = _operand(mirror, reading, key_map, reading.key.steps, extents, alone)
     value = _root(mirror, reading, reading.value.steps, extents, alone)
     (f, c_q), (g, c_k) = _unscaled(query_map.map), _unscaled(key_map.map)
+    mapped_query, mapped_key = (
+        raw if m.identity else _root(mirror, reading, factor.steps, extents, alone)
+        for raw, m, factor in ((query, f, reading.query), (key, g, reading.key))
+    )
     result = understood(reading.output, reading.index, extents, alone)
     if result is None:
         raise Refused("the axes of the result cannot be told apart")
     layout = _layout(reading, key.symbols | value.symbols)
-    weight = _weight(mirror, reading, extents, c_q * c_k)
-    weight, keep = split_weights(canonical(weight, layout, extents))
-    keep = expr.logical_and(keep, *(canonical(k, layout, extents) for k in reading.product.keeps))
-    divisor = canonical(divided.divisor, layout, extents)
-    formula = reading.scores is not None and not _scaled_score(weight)
-    masked = _pairwise(weight) or _pairwise(keep)
-    mapped = not (f.identity or g.identity)
-    _suspect(mirror, reading, strong=divided.normaliser != "none" or masked, telling=formula or mapped or not g.identity)
-    score, keep, divisor, loads = _numbered(mirror, reading, weight, keep, divisor)
-    site = _site(mirror, reading, layout, extents, score, keep, loads, (f, g), divided, divisor)
+
+    def site_of(table: bool) -> tuple[AttentionSite, tuple[fx.Node, ...]]:
+        weight = _weight(mirror, reading, extents, c_q * c_k, table)
+        weight, keep = split_weights(canonical(weight, layout, extents))
+        keep = expr.logical_and(keep, *(canonical(k, layout, extents) for k in reading.product.keeps))
+        divisor = canonical(divided.divisor, layout, extents)
+        formulas, loads = _numbered(mirror, reading, weight, keep, divisor)
+        return _site(mirror, reading, layout, extents, formulas, loads, (f, g), divided), loads
+
+    site, loads = site_of(table=True)
+    formula = reading.scores is not None and not _scaled_score(site.score)
+    masked = _pairwise(site.score) or _pairwise(site.keep)
+    both_mapped = not (f.identity or g.identity)
+    _suspect(mirror, reading, strong=divided.normaliser != "none" or masked, telling=formula or both_mapped or not g.identity)
     last_axis = expr.symbols(reading.index[-1]) == {reading.e} if reading.index else False
-    evidence = 16 * (divided.normaliser != "none") + 8 * masked + 4 * mapped + 4 * formula + 2 * aligned_tokens(reading) + last_axis
+    evidence = 16 * (divided.normaliser != "none") + 8 * masked + 4 * both_mapped + 4 * formula
+    evidence += 2 * aligned_tokens(reading) + last_axis
     nodes = {n for f_ in (reading.query, reading.key, reading.value) for n, _ in f_.steps[:-1]}
     through = frozenset(nodes | query_map.through | key_map.through | reading.opened | {reading.output})
-    return LinearMatch(
+    found = LinearMatch(
         site, reading.output, result, query, key, value, layout, extents, loads, reading.opened | divided.sums, through, evidence,
+        (mapped_query, mapped_key), reading.form,
     )  # fmt: skip
+    if not any(isinstance(n, Load) and _pairwise(n) for n in expr.walk(site.score)):
+        return found
+    try:
+        site, loads = site_of(table=False)
+    except Refused:
+        return found
+    return replace(found, closer=replace(found, site=site, loads=loads)) if site.score != found.site.score else found
 
 
 def _suspect(mirror: Mirror, reading: Reading, *, strong: bool, telling: bool) -> None:
@@ -164,9 +191,11 @@ def _layout(reading: Reading, shared: frozenset[sympy.Symbol]) -> Layout:
     return Layout(tuple(rest), tuple(heads), tuple(groups), reading.i, reading.j, reading.d, reading.e)
 
 
-def _weight(mirror: Mirror, reading: Reading, extents: Extents, factor: sympy.Expr) -> Expr:
-    """The weight of a pair as a formula of its score."""
+def _weight(mirror: Mirror, reading: Reading, extents: Extents, factor: sympy.Expr, table: bool) -> Expr:
+    """The weight of a pair as a formula of its score; ``table``: what NaN was put away of is taken as it is."""
     lifter = ScoreLifter(mirror, extents.ranges, at=reading.output, inner=(reading.i, reading.j))
+    if not table:
+        lifter.taken_whole = lifter.taken_whole - {"aten.nan_to_num"}
     scaled = scale(Score(), factor)
     weight: Expr = scaled
     if reading.scores is not None:
@@ -184,7 +213,7 @@ def _plain(lifter: ScoreLifter, factor: Factor) -> Expr:
     return expr.cast(e, torch.float32) if e.dtype == torch.bool else e
 
 
-def _numbered(mirror: Mirror, reading: Reading, *formulas: Expr) -> tuple[Expr, Expr, Expr, tuple[fx.Node, ...]]:
+def _numbered(mirror: Mirror, reading: Reading, *formulas: Expr) -> tuple[tuple[Expr, Expr, Expr], tuple[fx.Node, ...]]:
     """The formulas with loads numbered in order of appearance."""
     loads: dict[fx.Node, int] = {}
 
@@ -205,13 +234,15 @@ def _numbered(mirror: Mirror, reading: Reading, *formulas: Expr) -> tuple[Expr, 
     for e in (score, keep, divisor):
         if expr.symbols(e) - allowed - sized:
             raise Refused("its weights depend on an axis that is neither batch, head, query nor key")
-    return score, keep, divisor, tuple(loads)
+    return (score, keep, divisor), tuple(loads)
 
 
 def _site(
-    mirror: Mirror, reading: Reading, layout: Layout, extents: Extents, score: Expr, keep: Expr, loads: tuple[fx.Node, ...],
-    maps: tuple[FeatureMap, FeatureMap], divided: Divided, divisor: Expr,
+    mirror: Mirror, reading: Reading, layout: Layout, extents: Extents, formulas: tuple[Expr, Expr, Expr],
+    loads: tuple[fx.Node, ...], maps: tuple[FeatureMap, FeatureMap], divided: Divided,
 ) -> AttentionSite:  # fmt: skip
+    score, keep, divisor = formulas
+
     def product(atoms: tuple[sympy.Symbol, ...]) -> sympy.Expr:
         return sympy.expand(sympy.Mul(*(extents.sizes[s] for s in atoms)))
 
@@ -227,7 +258,7 @@ def _site(
     return AttentionSite(
         batch=product(layout.batch), heads=sympy.expand(heads * product(layout.groups)), key_heads=heads,
         queries=extents.sizes[layout.i], keys=extents.sizes[layout.j], head_dim=width(layout.d, "head_dim"),
-        value_dim=width(layout.dv, "value head_dim"), dtype=tensor.dtype, device=tensor.device.type, score=score, keep=keep,
+        value_dim=width(layout.dv, "value head_dim"), dtype=reading.dtype, device=tensor.device.type, score=score, keep=keep,
         fill=0.0, side=tuple(SideTensor(sizes(n), n.meta["val"].dtype, grad and mirror.requires_grad(n)) for n in loads),
         requires_grad=grad, ranges_low=tuple(sorted(known.low.items(), key=str)),
         ranges_high=tuple(sorted(known.high.items(), key=str)),

@@ -80,6 +80,8 @@ def _row_divisor(mirror: Mirror, number: Callable[[fx.Node], int], reading: Read
         for n in expr.walk(e)
     ):
         return None
+    if lifter.detached and mirror.requires_grad(divisor.node):
+        return None  # only a part of it is a constant to gradients
     if any(isinstance(n, Score) for n in expr.walk(e)):
         raise Refused("its divisor holds a score")
     return Divided(kinds.pop(), expr.rebuild(e, lambda n: Score() if n == marks[0] else None), lifter.detached, frozenset(sums))

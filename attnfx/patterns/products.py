@@ -95,6 +95,7 @@ class Expander:
         self.mirror, self.extents, self.lifter, self.number = mirror, extents, lifter, number
         self.opened, self.atoms = opened, atoms
         self.closed: list[fx.Node] = []
+        self.looked: dict[fx.Node, Index] = {}
         self.made = 0
 
     def expand(
@@ -107,13 +108,15 @@ class Expander:
             return Product(factors=(Factor(steps, within),))
         steps = (*steps, (node, index))
         here = Product(factors=(Factor(steps, within),))
-        if self.number(node) in self.atoms or not node.meta["val"].is_floating_point():
+        if self.number(node) in self.atoms or not node.meta["val"].is_floating_point() or self.lifter.severed(node):
             return here
         name = operation(node)
         summing = sums_of(node)
         if summing and self.opened is not None and node not in self.opened:
             self.closed.append(node)
             return here
+        if summing:
+            self.looked[node] = index
         if summing or (name == "aten.einsum" and letters(node) is not None):
             return self._sum(node, index) or here
         if name in _MOVES and not self._bits(node):
@@ -143,6 +146,8 @@ class Expander:
                 return a * b if a is not None and b is not None else None
             case "aten.div" | "aten.div_" | "aten.true_divide" if not node.kwargs.get("rounding_mode"):
                 return self._divided(node, index, within)
+            case "aten.add" if any(number(x) == 0 for x in node.args[:2]):  # where a loop over chunks begins
+                return self._operand(node.args[1 if number(node.args[0]) == 0 else 0], index, within)
             case "aten.neg":
                 found = self._operand(node.args[0], index, within)
                 return None if found is None else replace(found, coefficient=-found.coefficient)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import sympy
+import torch
 from torch import fx
 
 from attnfx import expr
@@ -54,7 +56,7 @@ class ScoreLifter(Lifter):
 @dataclass(frozen=True)
 class Reading:
     """A product with roles. ``scores``: the weights as they stand where they are not a product themselves: a formula over the
-    contraction ``dot`` (at ``dot_index``) of query and key."""
+    contraction ``dot`` (at ``dot_index``) of query and key. ``looked``: the sums that were looked into, where they are read."""
 
     output: fx.Node
     index: Index
@@ -74,6 +76,22 @@ class Reading:
     scores: Factor | None = None
     dot: fx.Node | None = None
     dot_index: Index = ()
+    looked: Mapping[fx.Node, Index] = field(default_factory=dict)
+
+    @property
+    def form(self) -> str:
+        """How it is spelled: "running" (running sums), "quadratic" (weights of queries times keys), or "linear"."""
+        if any(operation(node) == "aten.cumsum" for node in self.looked):
+            return "running"
+        pairs = self.scores is not None or any({self.i, self.j} <= _symbols(at) for at in self.looked.values())
+        return "quadratic" if pairs else "linear"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest type that a sum of it is computed in."""
+        sums = [*self.looked, *([] if self.dot is None else [self.dot])]
+        found: torch.dtype = functools.reduce(torch.promote_types, (node.meta["val"].dtype for node in sums))
+        return found
 
     @property
     def weights(self) -> tuple[Factor, ...]:
@@ -122,8 +140,8 @@ def openings(mirror: Mirror, number: Callable[[fx.Node], int], output: fx.Node, 
 def _split(
     mirror: Mirror, number: Callable[[fx.Node], int], output: fx.Node, opened: frozenset[fx.Node], atoms: frozenset[int],
     index: Index, extents: Extents,
-) -> tuple[Product, Index, Extents] | None:  # fmt: skip
-    """The product, with folded axes of the result taken apart."""
+) -> tuple[Product, Index, Extents, Mapping[fx.Node, Index]] | None:  # fmt: skip
+    """The product, with folded axes of the result taken apart, and where the sums in it are read."""
     for _ in range(8):
         expander = Expander(mirror, extents, _start(mirror, output, extents), number, opened, atoms)
         product = expander.expand(output, index)
@@ -133,21 +151,24 @@ def _split(
             for _, at in factor.steps:
                 wanted = wanted or divisors(at, own)
         if wanted is None:
-            return product, index, expander.extents
+            return product, index, expander.extents, expander.looked
         extents, replacement = extents.split(*wanted)
         index = tuple(expr.substitute(x, {wanted[0]: replacement}) for x in index)
     return None
 
 
 def _roles(
-    mirror: Mirror, output: fx.Node, product: Product, index: Index, extents: Extents, opened: frozenset[fx.Node],
-    atoms: frozenset[int],
+    mirror: Mirror, output: fx.Node, product: Product, index: Index, extents: Extents, looked: Mapping[fx.Node, Index],
+    opened: frozenset[fx.Node], atoms: frozenset[int],
 ) -> Iterator[Reading | fx.Node]:  # fmt: skip
     """Readings of a product, or a multiplication that has to be taken as one operand first."""
     outs = [s for x in index for s in sorted(expr.symbols(x), key=str) if s in extents.sizes]
     own = frozenset(outs)
     sums = list(product.sums)
-    common = {"output": output, "index": index, "extents": extents, "product": product, "opened": opened, "atoms": atoms}
+    common = {
+        "output": output, "index": index, "extents": extents, "product": product, "opened": opened, "atoms": atoms,
+        "looked": looked,
+    }  # fmt: skip
     if len(sums) == 2:
         for j, d in (sums, sums[::-1]):
             yield from _linear_roles(product, outs, own, j, d, common)

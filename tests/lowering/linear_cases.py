@@ -28,6 +28,7 @@ class Case:
     normalize: bool = False
     begun: bool = False
     batch: int = 2
+    divisor: str = "add"
 
 
 CASES = [
@@ -38,6 +39,9 @@ CASES = [
     Case("full, begun", 9, 40, causal=False, normalize=True, begun=True), Case("wide", 190, 190, 153, 40, normalize=True),
     Case("wide values", 140, 140, 24, 136, key_heads=4, decays=True), Case("no queries", 0, 40, causal=False, normalize=True),
     Case("no keys", 5, 0, causal=False, begun=True), Case("full, wide", 90, 333, 130, 33, causal=False, normalize=True),
+    Case("at least", normalize=True, divisor="max"), Case("magnitude", decays=True, normalize=True, divisor="max_abs"),
+    Case("magnitude, held", normalize=True, divisor="max_abs held"),
+    Case("at least, full", 40, 60, causal=False, normalize=True, divisor="max", begun=True),
 ]  # fmt: skip
 
 
@@ -51,6 +55,8 @@ SMALL = [
     Case("few queries", 3, 80, 8, 8, 2, decays=True, normalize=True, batch=1),
     Case("wide", 33, 33, 40, 36, 1, 1, normalize=True, batch=1),
     Case("no queries", 0, 40, 8, 8, 2, causal=False, normalize=True), Case("no keys", 5, 0, causal=False, begun=True),
+    Case("magnitude", 40, 40, 8, 8, 2, 1, decays=True, normalize=True, batch=1, divisor="max_abs"),
+    Case("at least, held", 20, 30, 8, 8, 2, causal=False, normalize=True, batch=1, divisor="max held"),
 ]  # fmt: skip
 
 
@@ -62,24 +68,25 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, A
         made = torch.randn(shape, generator=g, dtype=torch.float64)
         return (made.abs() + 0.1 if positive else made).to(device, dtype).requires_grad_()
 
+    positive = case.normalize and case.divisor == "add"
     b, h, hk, d, e = case.batch, case.heads, case.key_heads, case.width, case.value_width
     made: dict[str, Any] = {
-        "query": some(b, h, case.queries, d, positive=case.normalize), "key": some(b, hk, case.keys, d, positive=case.normalize),
+        "query": some(b, h, case.queries, d, positive=positive), "key": some(b, hk, case.keys, d, positive=positive),
         "value": some(b, hk, case.keys, e), "causal": case.causal, "normalize": case.normalize,
-        "eps": 0.25 if case.normalize else 0.0,
+        "eps": 0.0 if not case.normalize else 0.25 if positive else 2.0, "divisor": case.divisor,
     }  # fmt: skip
     if case.decays:
         made["decay"] = -torch.rand(h, generator=g).to(device) / 8
     if case.begun:
         made["state"] = some(b, h, d, e)
         if case.normalize:
-            made["state_sums"] = some(b, h, d, positive=True)
+            made["state_sums"] = some(b, h, d, positive=positive)
     return made
 
 
 def oracle(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, normalize: bool, eps: float, decay: Tensor | None = None,
-    state: Tensor | None = None, state_sums: Tensor | None = None,
+    state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """O, the sums of the weights, the final state and its sums, from M x N weights in float64."""
     q, k, v, M, N = query.double(), key.double(), value.double(), query.shape[2], key.shape[2]
@@ -100,7 +107,10 @@ def oracle(
         if state_sums is not None:
             l = l + ((q * since) @ state_sums.double()[..., None])[..., 0]
             z = z + torch.exp(log * N)[..., 0] * state_sums.double()
-    return (num / (l + eps)[..., None], l, S, z) if normalize else (num, None, S, None)
+    kind, _, held = divisor.partition(" ")
+    of = l.detach() if held else l
+    below = of + eps if kind == "add" else (of if kind == "max" else of.abs()).clamp(min=eps)
+    return (num / below[..., None], l, S, z) if normalize else (num, None, S, None)
 
 
 def distances(case: Case, dtype: torch.dtype, device: str = "cpu", ways: Sequence[Sequence[int]] = WAYS) -> dict[str, float]:

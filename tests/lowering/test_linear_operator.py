@@ -51,7 +51,7 @@ def test_operators_are_registered_as_torch_wants(case: Case) -> None:
     ahead = case.keys - case.queries
     if not case.causal or not ahead:
         first = [given[n] for n in ("query", "key", "value")] + [given.get(n) for n in ("decay", "state", "state_sums")]
-        opcheck(OPS.linear.default, (*first, case.causal, case.normalize, given["eps"]), test_utils=KINDS)
+        opcheck(OPS.linear.default, (*first, case.causal, case.normalize, given["eps"], case.divisor), test_utils=KINDS)
     got = torch.compile(lambda **g: OPS.linear_attention(**g), backend="aot_eager", dynamic=True)(**given)
     torch.testing.assert_close(got, OPS.linear_attention(**given))
 
@@ -59,10 +59,11 @@ def test_operators_are_registered_as_torch_wants(case: Case) -> None:
 KINDS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("divisor", ["", "add", "max_abs"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_second_derivatives(causal: bool, normalize: bool) -> None:
-    case = Case("", 5, 5, 3, 2, 2, 1, causal=causal, normalize=normalize, begun=True, batch=1)
+def test_second_derivatives(causal: bool, divisor: str) -> None:
+    normalize = bool(divisor)
+    case = Case("", 5, 5, 3, 2, 2, 1, causal=causal, normalize=normalize, begun=True, batch=1, divisor=divisor or "add")
     given = operands(case, torch.float64)
     names = [n for n, t in given.items() if isinstance(t, Tensor)]
 
@@ -107,6 +108,7 @@ def test_vmap_is_a_loop() -> None:
         ({"state": torch.zeros(2, 4, 16, 8), "normalize": True}, "one of the two is missing"),
         ({"state_sums": torch.zeros(2, 4, 16)}, "nothing is normalised"),
         ({"value": torch.zeros(2, 2, 300, 8)}, "one floating type"),
+        ({"divisor": "mean"}, 'the divisor is "mean"'),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str) -> None:

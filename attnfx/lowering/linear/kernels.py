@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnfx.lowering.configs import padded
 from attnfx.lowering.launch import run
-from attnfx.lowering.linear.portable import Result
+from attnfx.lowering.linear.portable import Result, divided_by, gradient_of_sums
 from attnfx.lowering.templates.delta import flash_delta
 from attnfx.lowering.templates.linear import linear_mix, linear_scan, linear_states
 
@@ -31,6 +31,7 @@ class _Call:
     decay: Tensor | None
     causal: bool
     normalize: bool
+    divisor: str = "add"
 
     @property
     def wide(self) -> bool:
@@ -124,17 +125,18 @@ class _Call:
                 linear_mix, (grid,), x1, x2, z, out, states[0], states[1], scale, add, sums, self.rates, x1.stride(), x2.stride(),
                 z.stride(), out.stride(), strides, heads, heads // self.k.shape[1], tokens, self.chunk, eps, MODE=mode,
                 CAUSAL=self.causal, W=width, E=z.shape[3], BLOCK=self.block, BLOCK_W=block_w, BLOCK_E=block_e,
-                num_warps=8 if width > 256 or heavy else 4, num_stages=1 if heavy else 2, **self.switches,
+                num_warps=8 if width > 256 or heavy else 4, num_stages=1 if heavy else 2,
+                DIVISOR=self.divisor.partition(" ")[0], **self.switches,
             )  # fmt: skip
         return out
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, state_sums: Tensor | None, causal: bool,
-    normalize: bool, eps: float,
+    normalize: bool, eps: float, divisor: str = "add",
 ) -> Result:  # fmt: skip
     """As :func:`attnfx.lowering.linear.portable.forward`."""
-    call = _Call(q, k, v, decay, causal, normalize)
+    call = _Call(q, k, v, decay, causal, normalize, divisor)
     with call.device:
         *states, final, final_sums = call.states(k, v, state, state_sums, False, q, q)
         sums = q.new_empty(q.shape[:3] if normalize else (0,), dtype=torch.float32)
@@ -145,12 +147,12 @@ def forward(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, state_sums: Tensor | None, out: Tensor,
     sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, grad_state: Tensor | None, grad_state_sums: Tensor | None,
-    causal: bool, normalize: bool, eps: float,
+    causal: bool, normalize: bool, eps: float, divisor: str = "add",
 ) -> list[Tensor]:  # fmt: skip
     """As :func:`attnfx.lowering.linear.portable.backward`; the states are made again."""
-    call = _Call(q, k, v, decay, causal, normalize)
+    call = _Call(q, k, v, decay, causal, normalize, divisor)
     with call.device:
-        scale, add = _upstream(out, sums, grad_out, grad_sums, eps) if normalize else (sums, sums)
+        scale, add = _upstream(out, sums, grad_out, grad_sums, eps, divisor) if normalize else (sums, sums)
         *states, _, _ = call.states(k, v, state, state_sums, False, q, q)
         dq = call.mix("query", grad_out, v, k, tuple(states), True, scale, add, sums)
         *grads, begun, begun_sums = call.states(q, grad_out, grad_state, grad_state_sums, True, scale, add)
@@ -159,9 +161,11 @@ def backward(
     return [dq, dk, dv, begun, begun_sums]
 
 
-def _upstream(out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """1 / l and the gradient of l, (B,H,M) fp32 each."""
-    r, delta = 1.0 / (sums + eps), torch.empty_like(sums)
+def _upstream(
+    out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, eps: float, divisor: str
+) -> tuple[Tensor, Tensor]:
+    """What divides, inverted, and the gradient of the sums, (B,H,M) fp32 each."""
+    r, delta = 1.0 / divided_by(sums, eps, divisor), torch.empty_like(sums)
     batch, heads, m, dv = out.shape
     block_m = max(16, 2048 // padded(dv))
     if sums.numel():
@@ -169,4 +173,4 @@ def _upstream(out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | N
             flash_delta, (-(-m // block_m) * batch * heads,), out, grad_out, delta, delta, out.stride(), grad_out.stride(), heads,
             m, HAS_GRAD_LSE=False, DV=dv, BLOCK_M=block_m, BLOCK_DV=padded(dv),
         )  # fmt: skip
-    return r, -delta * r if grad_sums is None else grad_sums - delta * r
+    return r, gradient_of_sums(delta, r, sums, grad_sums, eps, divisor)

@@ -15,49 +15,52 @@ from attnfx.lowering.ops import _TAGS, LIBRARY
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? decay"
 _OPTIONS = "bool causal=True, bool normalize=False, float eps=0.0"
-_STATE = "Tensor? state=None, Tensor? state_sums=None"
+_STATE = "Tensor? state=None, Tensor? state_sums=None, str divisor='add'"
 _RESULT = "Tensor out, Tensor sums, Tensor final_state, Tensor final_sums"
 _GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_state, Tensor? grad_state_sums"
 
 LIBRARY.define(f"linear_attention({_OPERANDS}=None, {_OPTIONS}, {_STATE}) -> Tensor")
 LIBRARY.define(f"linear_attention_states({_OPERANDS}=None, {_OPTIONS}, {_STATE}) -> ({_RESULT})")
 _CORE = f"{_OPERANDS}, Tensor? state, Tensor? state_sums"
-_PLAIN = "bool causal, bool normalize, float eps"
+_PLAIN = "bool causal, bool normalize, float eps, str divisor"
 LIBRARY.define(f"linear({_CORE}, {_PLAIN}) -> ({_RESULT})", tags=_TAGS)
 LIBRARY.define(f"linear_backward({_CORE}, Tensor out, Tensor sums, {_GRADIENTS}, {_PLAIN}) -> Tensor[]", tags=_TAGS)
 
 
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, causal: bool = True, normalize: bool = False,
-    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None,
+    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add",
 ) -> Tensor:  # fmt: skip
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): sum_j lam^(p(i)-j) (q_i . k_j) v_j over the keys that query i sees.
 
-    Feature maps come before. ``decay`` (H): log lam, at most zero, a constant to gradients; it needs ``causal``, where query i
-    stands at p(i) = i + N - M and sees j <= p(i). ``normalize`` divides by the sum of the weights and ``eps``. ``state``
-    (B,H,D,DV) and ``state_sums`` (B,H,D) stand for keys before the first. Raises ValueError for what does not fit.
+    Feature maps come before. ``decay`` (H): log lam, a constant to gradients; it needs ``causal``, where query i stands at
+    p(i) = i + N - M and sees j <= p(i). ``normalize`` divides by the sum l of the weights and ``eps``, or by another of
+    ``DIVISORS``: "max" is max(l, eps), "max_abs" max(|l|, eps), and "max held" takes it for a constant. ``state`` (B,H,D,DV) and
+    ``state_sums`` (B,H,D) stand for keys before the first. Raises ValueError for what does not fit.
     """
-    return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums)[0]
+    return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums, divisor)[0]
 
 
 def linear_attention_states(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, causal: bool = True, normalize: bool = False,
-    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None,
+    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add",
 ) -> portable.Result:  # fmt: skip
     """:func:`linear_attention`, the sums of the weights (B,H,M) without ``eps``, and the state behind the last key with its sums.
 
     float32, for a float64 query float64; both kinds of sums are empty where nothing is normalised. Gradients flow through all.
     """
     _check(query, key, value, decay, causal, normalize, state, state_sums)
+    if divisor not in portable.DIVISORS:
+        raise ValueError(f'the divisor is "{divisor}"; known: {", ".join(portable.DIVISORS)}')
     ahead = key.shape[2] - query.shape[2] if causal else 0
     if ahead:  # what all queries see is a state
         none = query[:, :, :0]
         before = torch.ops.attnfx.linear(
-            none, key[:, :, :ahead], value[:, :, :ahead], decay, state, state_sums, False, normalize, eps
+            none, key[:, :, :ahead], value[:, :, :ahead], decay, state, state_sums, False, normalize, eps, divisor
         )
         state, state_sums = before[2], before[3] if normalize else None
         key, value = key[:, :, ahead:], value[:, :, ahead:]
-    return portable.Result(*torch.ops.attnfx.linear(query, key, value, decay, state, state_sums, causal, normalize, eps))
+    return portable.Result(*torch.ops.attnfx.linear(query, key, value, decay, state, state_sums, causal, normalize, eps, divisor))
 
 
 def _check(
@@ -115,7 +118,7 @@ def _backward(*args: Any) -> list[Tensor]:
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, sums: Tensor | None, causal: bool,
-    normalize: bool, eps: float,
+    normalize: bool, eps: float, divisor: str,
 ) -> portable.Result:  # fmt: skip
     (batch, heads, m, d), dv, wide = q.shape, v.shape[3], portable.wide_of(q)
     rows, totals = ((batch, heads, m), (batch, heads, d)) if normalize else ((0,), (0,))
@@ -126,14 +129,14 @@ def _fake(
 
 
 def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    normalize, wide = rest[-2], portable.wide_of(q)
+    normalize, wide = rest[-3], portable.wide_of(q)
     state = q.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=wide)
     sums = q.new_empty((*q.shape[:2], q.shape[3]) if normalize else (0,), dtype=wide)
     return [*(t.new_empty(t.shape) for t in (q, k, v)), state, sums]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.causal, ctx.normalize, ctx.eps = inputs
+    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor = inputs
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None), output[0], output[1])
     ctx.set_materialize_grads(False)
@@ -142,7 +145,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 3
+    nothing = (None,) * 4
     if all(g is None for g in grads):
         return (None,) * 6 + nothing
     *saved, out, sums = ctx.saved_tensors
@@ -151,14 +154,14 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grad_out, grad_sums, grad_state, grad_state_sums = grads
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     made = torch.ops.attnfx.linear_backward(
-        *tensors, out, sums, grad_out, grad_sums, grad_state, grad_state_sums, ctx.causal, ctx.normalize, ctx.eps
+        *tensors, out, sums, grad_out, grad_sums, grad_state, grad_state_sums, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor
     )
     states = [g.to(t.dtype) if t is not None else None for g, t in zip(made[3:], tensors[4:], strict=True)]
     return *made[:3], None, *states, *nothing
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.causal, ctx.normalize, ctx.eps = inputs
+    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor = inputs
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
 
@@ -175,7 +178,7 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
         ]
         q, k, v, decay, state, state_sums = apart[:6]
-        results = portable.forward(q, k, v, decay, state, state_sums, ctx.causal, ctx.normalize, ctx.eps)
+        results = portable.forward(q, k, v, decay, state, state_sums, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor)
         paired = [(r, g) for r, g in zip(results, apart[8:], strict=True) if g is not None and r.requires_grad]
         wanted = [(apart[n], g) for n, g in zip((0, 1, 2, 4, 5), grads, strict=True) if apart[n] is not None and g is not None]
         outputs, weights = [r for r, _ in paired], [g.to(r.dtype) for r, g in paired]
@@ -188,7 +191,7 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             found = torch.autograd.grad(outputs, [apart[n] for n in sources], weights, create_graph=again, allow_unused=True)
             for n, grad in zip(sources, found, strict=True):
                 second[n] = grad
-    return *second, None, None, None
+    return *second, None, None, None, None
 
 
 def _register() -> None:

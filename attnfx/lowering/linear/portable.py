@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 #: Tokens of a chunk: the scores inside of one cost about what the state does.
 CHUNK = 128
+#: What divides, of the sum l of a row's weights: l + eps, max(l, eps) or max(|l|, eps); held: a constant to gradients.
+DIVISORS = ("add", "max", "max_abs", "add held", "max held", "max_abs held")
 
 
 class Result(NamedTuple):
@@ -27,23 +30,33 @@ class Result(NamedTuple):
 
 
 class _Chunk:
-    """Tokens ``start`` to ``end``, and what decays inside: ``tile`` lam^(i-j) or zero, ``since`` lam^(i+1), ``until`` lam^(n-1-j)
-    and ``whole`` lam^n, each with heads in front (H, n, n), (H, n, 1), (H, n, 1), (H, 1, 1); numbers where nothing decays."""
+    """Tokens ``start`` to ``end``, and what decays inside: ``tile`` lam^(i-j), ``since`` lam^(i+1), ``until`` lam^(n-1-j)
+    and ``whole`` lam^n, each with heads in front (H, n, n), (H, n, 1), (H, n, 1), (H, 1, 1); numbers, and no tile,
+    where nothing decays."""
 
     def __init__(self, start: int, end: int, decay: Tensor | None, like: Tensor) -> None:
         self.start, self.end, n = start, end, end - start
-        at = torch.arange(n, device=like.device)
-        behind = at[:, None] - at
-        self.tile = (behind >= 0).to(like.dtype)
+        self.like, self.log = like, None if decay is None else decay.to(like.dtype)[:, None, None]
         self.since = self.until = self.whole = like.new_ones(1, 1, 1)
-        if decay is not None:
-            log = decay.to(like.dtype)[:, None, None]
-            self.tile = torch.exp(log * behind.clamp(min=0)) * self.tile
-            self.since, self.until, self.whole = (torch.exp(log * p) for p in (at[:, None] + 1, n - 1 - at[:, None], n))
+        if self.log is not None:
+            at = torch.arange(n, device=like.device)[:, None]
+            self.since, self.until, self.whole = (torch.exp(self.log * p) for p in (at + 1, n - 1 - at, n))
+
+    @cached_property
+    def tile(self) -> Tensor | None:
+        if self.log is None:
+            return None
+        at = torch.arange(self.end - self.start, device=self.like.device)
+        return torch.exp(self.log * (at[:, None] - at).clamp(min=0))
+
+    def decayed(self, pairs: Tensor) -> Tensor:
+        """(.., n, n) with what is decayed and zeros for keys that are not seen, whatever is there."""
+        return (pairs if self.tile is None else pairs * self.tile).tril()
 
     def moved(self, start: int) -> _Chunk:
-        """The chunk of as many tokens from ``start`` on."""
+        """The chunk of as many tokens from ``start`` on, with the same tile."""
         other = copy(self)
+        other.tile = self.tile
         other.start, other.end = start, start + self.end - self.start
         return other
 
@@ -55,7 +68,7 @@ class _Chunk:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, state_sums: Tensor | None, causal: bool,
-    normalize: bool, eps: float,
+    normalize: bool, eps: float, divisor: str,
 ) -> Result:  # fmt: skip
     """The result from q (B,H,M,D), k (B,HK,N,D), v (B,HK,N,DV), log-decays (H) and what was before: a state and its sums, or zeros.
 
@@ -73,7 +86,7 @@ def forward(
         totals.append((queries @ z[..., None])[..., 0] if normalize else z)
     for c in _chunks(q.shape[2], decay, S) if causal else ():
         queries, keys, values = c.of(q, heads, wide), c.of(k, heads, wide), c.of(v, heads, wide)
-        A = (queries @ keys.transpose(2, 3)) * c.tile
+        A = c.decayed(queries @ keys.transpose(2, 3))
         outs.append(A @ values + (queries @ S) * c.since)
         kept = keys * c.until
         S = S * c.whole + kept.transpose(2, 3) @ values
@@ -84,13 +97,13 @@ def forward(
         return Result(v.new_empty((*q.shape[:3], v.shape[3])), S.new_empty(q.shape[:3] if normalize else (0,)), S, z)
     sums = torch.cat(totals, -1) if normalize else z.new_empty(0)
     out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-    return Result((out / (sums + eps)[..., None] if normalize else out).to(v.dtype), sums, S, z)
+    return Result((out / divided_by(sums, eps, divisor)[..., None] if normalize else out).to(v.dtype), sums, S, z)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, state_sums: Tensor | None, out: Tensor,
     sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, grad_state: Tensor | None, grad_state_sums: Tensor | None,
-    causal: bool, normalize: bool, eps: float,
+    causal: bool, normalize: bool, eps: float, divisor: str,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, the state and its sums, in their dtypes and shapes; of a state that was not given, one of zeros."""
     wide, heads, key_heads = wide_of(q), q.shape[1], k.shape[1]
@@ -98,7 +111,7 @@ def backward(
     S, z = _begun(q, v, state, state_sums, normalize)
     P, p = _begun(q, v, grad_state, grad_state_sums, normalize)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    G, g = upstream(out, sums, grad_out, grad_sums, normalize, eps)
+    G, g = upstream(out, sums, grad_out, grad_sums, normalize, eps, divisor)
 
     def rows(c: _Chunk) -> tuple[Tensor, Tensor | None]:
         """The chunk's gradients of numerators (B,H,n,DV) and of denominators (B,H,n,1)."""
@@ -138,15 +151,15 @@ def backward(
         if g_ is not None:
             W, inter = W + g_, inter + g_ * z[:, :, None]
             z = z * c.whole[..., 0] + kept.sum(2)
-        dq[:, :, c.start : c.end] = (W * c.tile) @ keys + inter * c.since
+        dq[:, :, c.start : c.end] = c.decayed(W) @ keys + inter * c.since
     for c in reversed(chunks):
         queries, keys, values = c.of(q, heads, wide), c.of(k, heads, wide), c.of(v, heads, wide)
         G_, g_ = rows(c)
         A, W, inter = queries @ keys.transpose(2, 3), G_ @ values.transpose(2, 3), values @ P.transpose(2, 3)
         if g_ is not None:
             W, inter = W + g_, inter + p[:, :, None]
-        keep(c, (W * c.tile).transpose(2, 3) @ queries + inter * c.until, dk)
-        keep(c, (A * c.tile).transpose(2, 3) @ G_ + keys @ P * c.until, dv)
+        keep(c, c.decayed(W).transpose(2, 3) @ queries + inter * c.until, dk)
+        keep(c, c.decayed(A).transpose(2, 3) @ G_ + keys @ P * c.until, dv)
         since = queries * c.since
         P = P * c.whole + since.transpose(2, 3) @ G_
         if g_ is not None:
@@ -155,14 +168,32 @@ def backward(
 
 
 def upstream(
-    out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, normalize: bool, eps: float
+    out: Tensor, sums: Tensor, grad_out: Tensor, grad_sums: Tensor | None, normalize: bool, eps: float, divisor: str
 ) -> tuple[Tensor, Tensor]:
-    """What dO is multiplied with for the gradient of the numerators, 1 / l, and the gradient of the sums l: (B,H,M) each."""
+    """What dO is multiplied with for the gradient of the numerators, and the gradient of the sums: (B,H,M) each."""
     if not normalize:
         return sums, sums
-    r = 1.0 / (sums + eps)
+    r = 1.0 / divided_by(sums, eps, divisor)
     delta = (out.to(r.dtype) * grad_out.to(r.dtype)).sum(-1)
-    return r, -delta * r if grad_sums is None else grad_sums - delta * r
+    return r, gradient_of_sums(delta, r, sums, grad_sums, eps, divisor)
+
+
+def divided_by(sums: Tensor, eps: float, divisor: str) -> Tensor:
+    """What divides a row, of the sum of its weights: one of :data:`DIVISORS`."""
+    kind, _, held = divisor.partition(" ")
+    sums = sums.detach() if held else sums
+    return sums + eps if kind == "add" else (sums if kind == "max" else sums.abs()).clamp(min=eps)
+
+
+def gradient_of_sums(delta: Tensor, r: Tensor, sums: Tensor, grad_sums: Tensor | None, eps: float, divisor: str) -> Tensor:
+    """The gradient of the sums from ``delta``, sum_e dO O, and ``r``, what rows are multiplied with."""
+    kind, _, held = divisor.partition(" ")
+    made = torch.zeros_like(delta) if held else -delta * r
+    if kind == "max" and not held:
+        made = made * (sums >= eps)
+    elif kind == "max_abs" and not held:
+        made = made * sums.sign() * (sums.abs() >= eps)
+    return made if grad_sums is None else grad_sums + made
 
 
 def wide_of(x: Tensor) -> torch.dtype:

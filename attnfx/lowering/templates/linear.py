@@ -179,14 +179,16 @@ def linear_mix(
     BLOCK: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    DIVISOR: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`out` (B,.,M,E) in the form above; `states` by strides (batch and head, chunk, W, E), one for all where not CAUSAL.
 
-    `sums` (B,H,M) fp32 of the weights where MODE is "output", which are divided by; of a gradient, `scale` and `add` (B,H,M) are
-    those of the queries: 1 / l, and the gradient of l. `state_sums` (B,H,chunks or 1,D). Key and value gradients add up over the
-    `group` query heads of a key head. Grid (tiles of rows * blocks of E * B * heads of out,).
+    `sums` (B,H,M) fp32 of the weights where MODE is "output", divided by as DIVISOR says: "add" l + eps, "max" max(l, eps),
+    "max_abs" max(|l|, eps); of a gradient, `scale` and `add` (B,H,M) are those of the queries: 1 / divisor, and the gradient of l.
+    `state_sums` (B,H,chunks or 1,D). Key and value gradients add up over the `group` query heads of a key head. Grid (tiles of
+    rows * blocks of E * B * heads of out,).
     """
     UPPER: tl.constexpr = MODE == "key" or MODE == "value"
     tiles, e_blocks = tl.cdiv(M, BLOCK), tl.cdiv(E, BLOCK_E)
@@ -295,7 +297,12 @@ def linear_mix(
         else:
             l += seen
     if NORMALIZE and MODE == "output":
-        acc = acc / (l + eps)[:, None]
+        below = l + eps
+        if DIVISOR == "max":
+            below = tl.maximum(l, eps)
+        elif DIVISOR == "max_abs":
+            below = tl.maximum(tl.abs(l), eps)
+        acc = acc / below[:, None]
         if e_block == 0:
             tl.store(sums + owner.to(tl.int64) * M + rows, l, mask=row_ok)
     out_base = head_base(out, out_strides, b, own)
