@@ -55,7 +55,7 @@ def linear_attention() -> dict[str, float]:
     for call in range(CALLS):
         torch.manual_seed(call)
         q, k, v = (torch.rand(2, heads, 37, 16) for heads in (4, 2, 2))
-        given = (q, k, v, None, None, None, True, True, 1e-6)
+        given = (q, k, v, None, None, None, True, True, 1e-6, "add")
         mine, theirs = linear._linear(*given), linear_portable.forward(*given)
         grad = torch.randn_like(mine.out)
         found = [

@@ -102,8 +102,8 @@ def _linear(*args: Any) -> portable.Result:
     from attnfx.lowering import replay
     from attnfx.lowering.linear import kernels
 
-    *tensors, causal, normalize, eps = args
-    return replay.repeated(lambda: kernels.forward(*args), ("linear", causal, normalize, eps), tensors)
+    *tensors, causal, normalize, eps, divisor = args
+    return replay.repeated(lambda: kernels.forward(*args), ("linear", causal, normalize, eps, divisor), tensors)
 
 
 def _backward(*args: Any) -> list[Tensor]:
@@ -112,8 +112,8 @@ def _backward(*args: Any) -> list[Tensor]:
     from attnfx.lowering import replay
     from attnfx.lowering.linear import kernels
 
-    *tensors, causal, normalize, eps = args
-    return replay.repeated(lambda: kernels.backward(*args), ("linear backward", causal, normalize, eps), tensors)
+    *tensors, causal, normalize, eps, divisor = args
+    return replay.repeated(lambda: kernels.backward(*args), ("linear backward", causal, normalize, eps, divisor), tensors)
 
 
 def _fake(
