@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import dynamo_timed
 
-from attnfx import buffers, counting, logs, patterns
+from attnfx import buffers, counting, live, logs, patterns
 from attnfx import measure as measuring
 from attnfx.beside import Known
 from attnfx.breaks import break_of
@@ -43,7 +43,7 @@ from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
 from attnfx.searching import request_searches
 from attnfx.site import Origin
-from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
+from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks, unnamed
 
 #: Where reports of compiles go while somebody is listening.
 listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfx_listeners", default=())
@@ -69,7 +69,9 @@ def attnfx(
         if parsed.searches and request_searches(rewritten, report):
             rewritten, report = rewrite(gm, parsed, example_inputs)
             request_searches(rewritten, report)
-    logs.tell(report, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    logs.tell(report, seconds)
+    live.keep(report, seconds)
     for listen in listeners.get():
         listen(report)
     if parsed.strict_sites is not None:
@@ -149,6 +151,7 @@ def _rewrite(
             inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.", inside)
         setattr(work, region.name, inner.gm)
         if inner.gm is not getattr(gm, region.name, None):
+            unnamed(work, region.name, inner.gm)
             ours.add(region.name)
         setattr(probe.gm, region.name, inner.probe.gm)
         probe.inside[region.name] = inner.probe

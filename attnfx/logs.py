@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo.utils import warn_once_cache
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from attnfx import report_text
 from attnfx.errors import AttnfxWarning
@@ -52,7 +52,7 @@ def warn(text: str, category: type[Warning] = AttnfxWarning, stacklevel: int = 2
 
 
 def _trace(report: Report) -> None:
-    """The report and the graphs as artifacts of this compile in the folder of ``TORCH_TRACE``; tlparse shows them beside torch's."""
+    """The report and the graphs as artifacts of this compile in the folder of ``TORCH_TRACE``; tlparse shows them."""
     _artifact("attnfx_report", "string", lambda: str(report))
     _artifact("attnfx_report_data", "json", lambda: replace(report, before="", after="").to_json())
     _artifact("attnfx_graph_before", "string", lambda: report.before)
