@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from attnfx import backend, counting, measure
+from attnfx import backend, counting, live, measure
 from attnfx.breaks import with_hidden
 from attnfx.options import Options
 from attnfx.report import Report
@@ -21,19 +21,30 @@ from attnfx.report import Report
 def compile(model: Any, policy: Any = None, *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
     """``torch.compile(model, backend="attnfx")`` with the options as named arguments (see :class:`attnfx.options.Options`).
 
+    What it returns has an attribute ``attnfx_report``: the report of what ran so far, None before the first call.
+
     Raises UnknownOption or PolicyError at once, not at the first call.
     """
     given = {**options, "policy": policy} if policy is not None else options
     parsed = Options.parse(None, given)
     compiled = torch.compile(model, backend=backend.attnfx, dynamic=dynamic, fullgraph=fullgraph, options=given)
-    return compiled if parsed.strict_sites is None else counting.checked(compiled, parsed.strict_sites, given)
+    return live.show(compiled if parsed.strict_sites is None else counting.checked(compiled, parsed.strict_sites, given))
 
 
 def explain(model: Any, *args: Any, policy: Any = None, dynamic: bool | None = None, **kwargs: Any) -> Report:
     """What attnfx finds in ``model(*args, **kwargs)`` and decides under ``policy``, and why.
 
     Runs the model once, eagerly and without gradients unless they are enabled around the call; nothing is compiled for speed.
+
+    Of a model that attnfx compiled and that has run, ``explain(compiled)`` is the report of what really ran, every graph that was
+    compiled anew included, with when and why (``report.compiles``); with inputs, the compiled model is called with them first.
+    With a ``policy`` it says what would run under that policy instead. Raises AttnfxError for a compiled model that has not run.
     """
+    if policy is None and dynamic is None:
+        call = (lambda: model(*args, **kwargs)) if args or kwargs else None
+        if (ran := live.report_of(model, call)) is not None:
+            return ran
+    model = live.original(model)
     return _report(model, args, kwargs, dynamic, Options.parse(None, {"policy": policy, "inner": "eager"}))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -11,8 +11,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.utils import dynamo_timed
 
-from attnfx import buffers, counting, patterns
+from attnfx import buffers, counting, live, logs, patterns
 from attnfx import measure as measuring
 from attnfx.beside import Known
 from attnfx.breaks import break_of
@@ -21,7 +22,7 @@ from attnfx.composing import Composition, attention_node, written
 from attnfx.composites import expand_composites
 from attnfx.constants import Constants
 from attnfx.decide import Decision, decide
-from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
+from attnfx.errors import AttnfxError, Objection, UnknownOption, VerificationError
 from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
 from attnfx.laid_beside import laid_beside
@@ -44,7 +45,7 @@ from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
 from attnfx.searching import request_searches
 from attnfx.site import Origin
-from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
+from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks, unnamed
 
 #: Where reports of compiles go while somebody is listening.
 listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfx_listeners", default=())
@@ -64,10 +65,15 @@ def attnfx(
     and warns once, or raises with ``options={"strict": True}``.
     """
     parsed = Options.parse(mode, options)
-    rewritten, report = rewrite(gm, parsed, example_inputs)
-    if parsed.searches and request_searches(rewritten, report):
+    started = time.perf_counter()
+    with dynamo_timed("attnfx"):
         rewritten, report = rewrite(gm, parsed, example_inputs)
-        request_searches(rewritten, report)
+        if parsed.searches and request_searches(rewritten, report):
+            rewritten, report = rewrite(gm, parsed, example_inputs)
+            request_searches(rewritten, report)
+    seconds = time.perf_counter() - started
+    logs.tell(report, seconds)
+    live.keep(report, seconds)
     for listen in listeners.get():
         listen(report)
     if parsed.strict_sites is not None:
@@ -88,14 +94,14 @@ def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) ->
         if done.gm is not gm:
             buffers.guard(given)
         for text in (warned := _policy_warnings(options, done.report.sites)):
-            warnings.warn(text, AttnfxWarning, stacklevel=2)
+            logs.warn(text)
         return done.gm, replace(done.report, policy_warnings=warned, breaks=break_of(gm))
     except AttnfxError:
         raise
     except Exception as error:
         if options.strict:
             raise
-        warnings.warn(f"attnfx left a graph as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
+        logs.warn(f"attnfx left a graph as it was: {type(error).__name__}: {error}")
         return gm, Report(sites=(), missed=(Missed("", f"internal error: {error}", ""),), before=readable(gm), after=readable(gm))
 
 
@@ -153,6 +159,7 @@ def _rewrite(
             inner = _rewrite(region.module, options, refused, f"{prefix}{region.name}.", inside)
         setattr(work, region.name, inner.gm)
         if inner.gm is not getattr(gm, region.name, None):
+            unnamed(work, region.name, inner.gm)
             ours.add(region.name)
         setattr(probe.gm, region.name, inner.probe.gm)
         probe.inside[region.name] = inner.probe
@@ -175,7 +182,7 @@ def _verified(gm: fx.GraphModule, options: Options, inputs: Sequence[Any], done:
             text = f"{site.name} in {site.module or 'the model itself'} ({site.source}): {bad[site.name]}; it stays as it was."
             if options.strict:
                 raise VerificationError(text)
-            warnings.warn(text, AttnfxWarning, stacklevel=3)
+            logs.warn(text, stacklevel=3)
     if bad:
         done = _rewrite(gm, options, bad, "", given)
     sites = tuple(replace(site, measured=measured.get(site.name)) for site in done.report.sites)
@@ -231,7 +238,7 @@ def _serve(
     except Exception as error:
         if options.strict:
             raise
-        warnings.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
+        logs.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}")
         return _lost(mirror, match, f"internal error: {error}")
     return SiteReport(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
@@ -308,7 +315,7 @@ def _serve_linear(
         except Exception as error:
             if options.strict:
                 raise
-            warnings.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}", AttnfxWarning, stacklevel=2)
+            logs.warn(f"attnfx left {origin.module} as it was: {type(error).__name__}: {error}")
             why = f"internal error: {error}"
         if why:
             told, reason = "kept", f"left as the model computes it: {why}"

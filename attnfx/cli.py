@@ -1,5 +1,6 @@
 """The command line: `attnfx demo | explain | variants | bench | tune | doctor`."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from attnfx.errors import AttnfxError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -25,6 +26,11 @@ app = typer.Typer(
 In a program: [bold]torch.compile(model, backend="attnfx")[/bold].
 
 Start with [bold]attnfx demo[/bold], then [bold]attnfx explain my_package.models:make_model[/bold].""",
+    epilog="""Exit codes: 0 it is done; 1 it failed: an error in one sentence on standard error (with --json an object "error"
+on standard output), the traceback of your own function, or a kernel that does not fit; 2 the command line itself is wrong;
+130 interrupted.
+
+Shell completion: [bold]attnfx --install-completion[/bold], then open a new shell.""",
 )
 console = Console()
 problems = Console(stderr=True)
@@ -37,6 +43,9 @@ def main() -> None:
     try:
         app()
     except AttnfxError as error:
+        if "--json" in sys.argv[1:]:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}, ensure_ascii=False))
+            sys.exit(1)
         problems.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
         problems.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -47,11 +56,17 @@ def demo(
     length: Annotated[int, typer.Option(min=2048, help="Tokens in the sequence.")] = 4096,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Calls to time; the median is printed.")] = 5,
+    as_json: Json = False,
 ) -> None:
-    """Run an unmodified Llama on the CPU, three ways side by side, and show what was found in it."""
+    """Run an unmodified Llama on the CPU, three ways side by side, and show what was found in it.
+
+    Example: [bold]attnfx demo --length 8192 --layers 4[/bold]
+    """
     from attnfx.demo import Settings, run
 
-    run(Settings(length, layers, repeats), console)
+    results = run(Settings(length, layers, repeats), problems if as_json else console)
+    if as_json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -79,9 +94,19 @@ def explain(
     sample: Annotated[int, typer.Option(min=1, help="With --ptx: what lengths known only at run time are taken to be.")] = 4096,
     as_json: Json = False,
 ) -> None:
-    """Say what attnfx finds in a model, what it would run for each attention, and why.
+    """Say what attnfx finds in a model, what it would run for each attention, and why. Nothing is compiled for speed.
 
-    Example: [bold]attnfx explain my_package.models:make_model --policy policy.toml --html report.html[/bold]
+    With a file models.py here that holds
+
+        def make_model(): return MyModel(), (torch.ones(1, 128, dtype=torch.long),)
+
+    [bold]attnfx explain models:make_model[/bold] prints the report;
+
+    [bold]attnfx explain models:make_model --policy policy.toml --html report.html[/bold] what would run under a policy, and a page;
+
+    [bold]attnfx explain models:make_model --json | jq '.sites[].formula'[/bold] data;
+
+    [bold]attnfx explain models:make_model --kernels kernels --ptx sm90[/bold] the kernels, compiled without a GPU.
     """
     if ptx is not None and kernels is None:
         problems.print("--ptx says for what the kernels are compiled; say where they go with --kernels DIR.", soft_wrap=True)
@@ -89,13 +114,14 @@ def explain(
     import torch
 
     import attnfx
-    from attnfx.factories import model_and_inputs
+    from attnfx.factories import model_and_inputs, own_traceback
     from attnfx.policy import Policy
 
     rules = Policy.load(policy) if policy is not None else None
     model, args, kwargs = model_and_inputs(factory, inputs)
-    with _progress("compiling the model to look at its graphs"), torch.no_grad():
-        report = attnfx.explain(model, *args, policy=rules, **kwargs)
+    with _progress("looking at the graphs of the model"), torch.no_grad():
+        looked = functools.partial(attnfx.explain, model, *args, policy=rules, **kwargs)
+        report = own_traceback(looked, lambda: model(*args, **kwargs))
     print(report.to_json() if as_json else report)
     if html is not None:
         report.to_html(html)
@@ -114,7 +140,10 @@ def variants(
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The gallery of the docs: pictures, docstrings, papers.")] = False,
 ) -> None:
-    """List what a policy can put in place of an attention: each variant's parameters and paper, and with a name its picture."""
+    """List what a policy can put in place of an attention: each variant's parameters and paper, and with a name its picture.
+
+    Example: [bold]attnfx variants SlidingWindow[/bold]
+    """
     from attnfx import variants as registry
     from attnfx.variant_picture import picture
     from attnfx.variant_table import described, markdown
@@ -215,7 +244,11 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is installed and which lowering runs here; with --targets, that the kernels compile for other GPUs."""
+    """Say what is installed, which lowering runs here and why, and what is known against these versions; with --targets, that
+    the kernels compile for other GPUs.
+
+    Example: [bold]attnfx doctor --targets sm90[/bold]
+    """
     from attnfx.doctor import checked, installed, kernels_table
 
     facts = installed()

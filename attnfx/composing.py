@@ -102,7 +102,9 @@ def attention_node(
     ops = torch.ops.attnfx
     whole = ops.attention_lse.default if lse else ops.attention.default
     target = whole if site.normaliser == "softmax" else ops.attention_unnormalised.default
-    return splicer.graph.call_function(target, (query, key, value, given, sizes, plan.to_json()))
+    return splicer.graph.call_function(
+        target, (query, key, value, given, sizes, plan.to_json(), site.origin.module or site.origin.node)
+    )
 
 
 class OnTensors(Attend):

@@ -11,8 +11,10 @@ import torch
 from rich.table import Table
 
 import attnfx
+from attnfx import versions
 from attnfx.errors import UnknownOption, listing, nearest
 
+PACKAGES = ("torch", "triton", "numpy", "sympy", "transformers")
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 COLUMNS = (
     "template",
@@ -31,17 +33,22 @@ COLUMNS = (
 
 def installed() -> dict[str, str]:
     """Versions and devices by name, and the lowering that they lead to."""
-    versions = {name: _version(name) for name in ("torch", "triton", "sympy", "transformers")}
     return {
         "attnfx": attnfx.__version__,
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
-        **versions,
+        **{name: _version(name) for name in PACKAGES},
         "C++ compiler": _compiler(),
         "backend": _backend(),
         "device": _device(),
         "lowering": _lowering(),
         "tuned": _tuned(),
+        "known problems": " ".join(problems()) or "none known of these versions",
     }
+
+
+def problems() -> tuple[str, ...]:
+    """What is known against the versions that are installed here, as sentences."""
+    return versions.known({name: _version(name) for name in PACKAGES})
 
 
 def checked(targets: Sequence[str], doing: Callable[[str], None] = lambda what: None) -> list[dict[str, Any]]:
@@ -97,9 +104,13 @@ def _device() -> str:
 
 def _lowering() -> str:
     if not torch.cuda.is_available():
-        return "portable and SDPA, because torch sees no GPU here"
+        built = torch.version.cuda or torch.version.hip
+        why = "torch sees no GPU here" if built else f"torch {torch.__version__} is built for CPUs only"
+        return f"portable (torch operations, block by block), and SDPA where attention is plain, because {why}"
     if _version("triton") == "not installed":
-        return "portable and SDPA, because Triton is not installed"
+        return "portable (torch operations, block by block), and SDPA where attention is plain, because Triton is not installed"
+    if torch.cuda.get_device_capability()[0] < 8 and torch.version.hip is None:
+        return "Triton kernels, and SDPA where attention is plain; they are compiled and tested for sm80 and later"
     return "Triton kernels, and SDPA where the vendor's kernel is faster on plain attention"
 
 

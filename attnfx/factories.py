@@ -72,11 +72,23 @@ def _result(function: Callable[[], Any]) -> Any:
         _exit_with_own_traceback(error)
 
 
+def own_traceback(call: Callable[[], Any], plain: Callable[[], Any]) -> Any:
+    """``call()``. Where it fails, and the user's code ``plain`` fails by itself as well, the program ends with that traceback."""
+    try:
+        return call()
+    except AttnfxError:
+        raise
+    except Exception as error:
+        failure = error
+    _result(plain)
+    raise failure
+
+
 def _exit_with_own_traceback(error: Exception) -> Any:
     """Print the traceback from the user's first frame on, without ours above it, and exit."""
-    ours = (__file__, importlib.__file__)
+    ours = (os.path.dirname(__file__) + os.sep, str(importlib.__file__))
     frame = error.__traceback__
-    while frame is not None and (frame.tb_frame.f_code.co_filename in ours or _is_importlib(frame)):
+    while frame is not None and (frame.tb_frame.f_code.co_filename.startswith(ours) or _is_importlib(frame)):
         frame = frame.tb_next
     traceback.print_exception(type(error), error, frame)
     sys.exit(1)

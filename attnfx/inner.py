@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -10,8 +9,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx import measure
-from attnfx.errors import AttnfxWarning, VerificationError
+from attnfx import logs, measure
+from attnfx.errors import VerificationError
 from attnfx.options import Compiler, Options
 
 
@@ -62,4 +61,4 @@ def _compare(result: Any, expected: Any, options: Options) -> None:
         )
         if options.strict:
             raise VerificationError(message)
-        warnings.warn(message, AttnfxWarning, stacklevel=2)
+        logs.warn(message)

@@ -78,9 +78,26 @@ class Missed:
 
 
 @dataclass(frozen=True)
+class Compile:
+    """One graph that was compiled while a model ran.
+
+    `graph` is Dynamo's name of it ("0/1": the second compile of the first frame), as in TORCH_LOGS and tlparse; `function` the
+    function and its line; `reason` the guard that failed, empty for a first compile; `at` the local time, `seconds` what
+    attnfx itself took, `attentions` how many it found.
+    """
+
+    graph: str
+    function: str
+    reason: str
+    at: str
+    seconds: float
+    attentions: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Every attention and near miss of a model, its graphs `before` and `after` as readable Python, and the `breaks` between them,
-    where what runs is in no graph."""
+    where what runs is in no graph; `compiles` are the graphs that a compiled model really ran."""
 
     sites: tuple[SiteReport, ...]
     missed: tuple[Missed, ...] = ()
@@ -88,9 +105,10 @@ class Report:
     after: str = ""
     policy_warnings: tuple[str, ...] = ()
     breaks: tuple[Break, ...] = ()
+    compiles: tuple[Compile, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("sites", "missed", "policy_warnings", "breaks"):
+        for name in ("sites", "missed", "policy_warnings", "breaks", "compiles"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __str__(self) -> str:
@@ -103,6 +121,7 @@ class Report:
             "missed": [dataclasses.asdict(missed) for missed in self.missed],
             "policy_warnings": list(self.policy_warnings),
             "breaks": [dataclasses.asdict(broken) for broken in self.breaks],
+            "compiles": [dataclasses.asdict(compile) for compile in self.compiles],
             "before": self.before,
             "after": self.after,
         }
@@ -125,6 +144,12 @@ class Report:
 
         return save(self, directory, targets, ptx, sample)
 
+    def diff(self, other: "Report") -> str:
+        """What runs otherwise in ``other``: attentions with another decision, variant or formula, and those in one only."""
+        from attnfx.report_diff import diff
+
+        return diff(self, other)
+
     @staticmethod
     def merge(reports: Iterable["Report"]) -> "Report":
         """One report for a model that was compiled as several graphs; what two graphs say alike is said once."""
@@ -138,6 +163,7 @@ class Report:
             after=_joined([report.after for report in reports]),
             policy_warnings=tuple(dict.fromkeys(text for report in reports for text in report.policy_warnings)),
             breaks=tuple(dict.fromkeys(broken for report in reports for broken in report.breaks)),
+            compiles=tuple(compile for report in reports for compile in report.compiles),
         )
 
 

@@ -12,7 +12,7 @@ from attnfx.module_paths import fold
 
 if TYPE_CHECKING:
     from attnfx.breaks import Break
-    from attnfx.report import Missed, Report, SiteReport
+    from attnfx.report import Compile, Missed, Report, SiteReport
 
 WIDTH = 100
 TOP = "(the model itself)"
@@ -21,15 +21,17 @@ TOP = "(the model itself)"
 
 def table(report: "Report") -> str:
     """The table, after one line that sums it up, and before the near misses and the policy's warnings."""
-    blocks = [_wrapped(summary(report), "")]
+    blocks = [wrapped(summary(report), "")]
     if report.sites:
         blocks.append(_sites(report))
     if report.missed:
         blocks.append("\n".join(["Left as they were:", *_near_misses(report.missed)]))
     if report.breaks:
         blocks.append("\n".join(["Dynamo ended a graph here, and what runs here is not seen:", *_breaks(report.breaks)]))
+    if report.compiles:
+        blocks.append("\n".join(["Compiled:", *(line for compiling in report.compiles for line in _compile(compiling))]))
     if report.policy_warnings:
-        blocks.append("\n".join(["Policy:", *(_wrapped(warning, "  ") for warning in report.policy_warnings)]))
+        blocks.append("\n".join(["Policy:", *(wrapped(warning, "  ") for warning in report.policy_warnings)]))
     return "\n\n".join(blocks)
 
 
@@ -41,8 +43,8 @@ def summary(report: "Report") -> str:
         ways = ", ".join(f"{decision} {count}" for decision, count in Counter(s.decision for s in report.sites).items())
         approximate = sum(not site.exact for site in report.sites)
         exactness = f"{approximate} approximate, by policy" if approximate else "all exact"
-        what = f"attnfx: {_count(len(report.sites), 'attention')} ({ways}), {exactness}"
-    return f"{what}; {_count(len(report.missed), 'near miss', 'es')}." if report.missed else f"{what}."
+        what = f"attnfx: {count(len(report.sites), 'attention')} ({ways}), {exactness}"
+    return f"{what}; {count(len(report.missed), 'near miss', 'es')}." if report.missed else f"{what}."
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,13 @@ def _sites(report: "Report") -> str:
         names, gives_up = textwrap.wrap(group.modules, first), textwrap.wrap(site.exactness, exactness)
         rows = zip_longest(names, [site.decision], gives_up, fillvalue="")
         lines.extend(f"{name:{first}}  {runs:{decision}}  {given}".rstrip() for name, runs, given in rows)
-        lines.append(_wrapped(str(site.site), "  "))
-        lines.append(_wrapped(site.reason, "  "))
-        lines.extend(_wrapped(bias, "  ") for bias in site.biases)
+        lines.append(wrapped(str(site.site), "  "))
+        lines.append(wrapped(site.reason, "  "))
+        lines.extend(wrapped(bias, "  ") for bias in site.biases)
         if read := buffers_of(group):
-            lines.append(_wrapped(read, "  "))
+            lines.append(wrapped(read, "  "))
         if measured := [s.measured for s in group.sites if s.measured is not None]:
-            lines.append(_wrapped(f"verified: {max(measured, key=lambda m: (m.beyond, m.error))}", "  "))
+            lines.append(wrapped(f"verified: {max(measured, key=lambda m: (m.beyond, m.error))}", "  "))
     return "\n".join(lines)
 
 
@@ -106,16 +108,25 @@ def _near_misses(missed: Iterable["Missed"]) -> Iterator[str]:
         alike.setdefault(re.sub(r"(?<=[A-Za-z])_\d+\b", "", miss.reason), []).append(miss)
     for misses in alike.values():
         for where in _named([miss.module for miss in misses]):
-            yield _wrapped(f"{where}: {misses[0].reason}", "  ")
+            yield wrapped(f"{where}: {misses[0].reason}", "  ")
         for source in dict.fromkeys(miss.source for miss in misses if miss.source):
             yield _at(source)
 
 
 def _breaks(breaks: Iterable["Break"]) -> Iterator[str]:
     for broken in breaks:
-        yield _wrapped(broken.reason, "  ")
+        yield wrapped(broken.reason, "  ")
         if broken.source:
             yield _at(broken.source)
+
+
+def _compile(compiling: "Compile") -> Iterator[str]:
+    found = count(compiling.attentions, "attention")
+    yield wrapped(f"[{compiling.graph}] {compiling.at[11:19]} {found}, {compiling.seconds:.2f} s in attnfx", "  ")
+    if compiling.function:
+        yield _at(compiling.function)
+    if compiling.reason:
+        yield wrapped(f"compiled anew because of {compiling.reason}", "    ")
 
 
 def _at(source: str) -> str:
@@ -129,9 +140,9 @@ def _named(modules: list[str]) -> list[str]:
     ]
 
 
-def _wrapped(text: str, indent: str) -> str:
+def wrapped(text: str, indent: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
+def count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"

@@ -22,6 +22,6 @@ def request_searches(gm: fx.GraphModule, report: Report) -> bool:
     targets = (known.attention.default, known.attention_lse.default, known.attention_unnormalised.default)
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            if node.target in targets and (plan := KernelPlan.from_json(node.args[-1])).family == "flash":
+            if node.target in targets and (plan := KernelPlan.from_json(node.args[5])).family == "flash":
                 calls.request(codegen.program(plan).key)
     return plain.settle([site.site for site in report.sites if site.decision == "vendor"])

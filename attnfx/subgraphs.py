@@ -176,6 +176,19 @@ def _sink(gm: fx.GraphModule, region: Region, operand: fx.Node, formula: list[fx
     setattr(gm, region.name, fx.GraphModule(module, graph))
 
 
+def unnamed(gm: fx.GraphModule, name: str, inner: fx.GraphModule) -> None:
+    """Take the names of a timeline from the attentions of ``inner``, the region ``name`` of ``gm``, where several calls run it:
+    each would bear the first layer's."""
+    if not _shared(gm, name):
+        return
+    for module in inner.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if str(node.target).startswith("attnfx.attention"):
+                    node.args = node.args[:6]
+            module.recompile()
+
+
 def _shared(gm: fx.GraphModule, name: str) -> bool:
     return len([n for n in gm.graph.nodes if n.op == "get_attr" and n.target == name]) > 1
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attnfx
-from attnfx import cli, doctor
+from attnfx import cli, doctor, versions
 from attnfx.cli import app
 from attnfx.demo import Settings, run
 from attnfx.errors import AttnfxError, UnknownOption
@@ -27,6 +27,9 @@ def inputs(): return [1, 2], {"key": 3}
 def listed(): return [1, 2]
 def number(): return 7, 8
 def broken(): return _inside()
+def fails(): return (lambda x: _fault(x)), (1,)
+def runs(): return (lambda x: x), (1,)
+def _fault(x): raise KeyError("the model's own fault")
 def _inside(): raise RuntimeError("the factory's own fault")
 MODEL = len
 """
@@ -128,6 +131,48 @@ def test_failing_factory_shows_its_own_traceback_only(
     assert "cli.py" not in err
 
 
+def test_a_model_that_fails_by_itself_shows_its_own_traceback_only(
+    explained: _Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
+        raise RuntimeError("the compiler's words for it")
+
+    monkeypatch.setitem(vars(attnfx), "explain", explain)
+    code, err = _main(monkeypatch, capsys, "explain", "cli_models:fails")
+    assert code == 1
+    assert "in _fault" in err
+    assert 'KeyError: "the model\'s own fault"' in err
+    assert "the compiler's words" not in err
+    assert "/attnfx/" not in err
+    assert isinstance(_run("explain", "cli_models:runs").exception, RuntimeError)  # the model itself runs: the fault is ours
+
+
+def test_errors_are_data_with_json(
+    explained: _Recorded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["attnfx", "explain", "cli_models:pear", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "AttnfxError"
+    assert 'Did you mean "pair"?' in error["message"]
+
+
+def test_demo_gives_its_numbers_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"attnfx": {"milliseconds": 1.5}}
+    monkeypatch.setattr("attnfx.demo.run", lambda settings, told: numbers)
+    assert json.loads(_run("demo", "--json").stdout) == numbers
+
+
+def test_shell_completion(tmp_path: Path) -> None:
+    environment = os.environ | {"_ATTNFX_COMPLETE": "complete_bash", "COMP_WORDS": "attnfx do", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['attnfx']; from attnfx.cli import main; main()"
+    environment |= {"PYTHONPATH": str(Path(attnfx.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["doctor"]
+
+
 def test_variants_lists_paper_class_and_parameters() -> None:
     listed = _run("variants")
     assert listed.exit_code == 0
@@ -157,7 +202,18 @@ def test_doctor_says_what_runs_here() -> None:
     result = _run("doctor")
     assert result.exit_code == 0
     facts = json.loads(_run("doctor", "--json").stdout)["installed"]
-    assert {"attnfx", "python", "torch", "C++ compiler", "backend", "device", "lowering", "tuned"} <= facts.keys()
+    assert {
+        "attnfx",
+        "python",
+        "torch",
+        "C++ compiler",
+        "backend",
+        "device",
+        "lowering",
+        "tuned",
+        "numpy",
+        "known problems",
+    } <= facts.keys()
     assert facts["attnfx"] == attnfx.__version__
 
 
@@ -176,6 +232,23 @@ def test_doctor_fails_where_a_kernel_does_not_fit(monkeypatch: pytest.MonkeyPatc
     result = _run("doctor", "--targets", "sm90", "--json")
     assert result.exit_code == code
     assert json.loads(result.stdout)["kernels"] == [row]
+
+
+@pytest.mark.parametrize(
+    ("installed", "required", "told"),
+    [
+        ({"torch": "2.13.0+cpu", "triton": "3.7.1", "numpy": "2.5.0"}, ['triton==3.7.1; platform_system == "Linux"'], []),
+        ({"torch": "2.12.0", "triton": "3.6.0", "numpy": "2.4.6"}, ["triton==3.6.0", "sympy>=1.13"], []),
+        ({"torch": "2.12.0", "triton": "not installed"}, ["triton==3.6.0"], []),
+        ({"torch": "2.12.1", "triton": "3.7.1"}, ["triton==3.6.0"], ["torch 2.12.1 was released with Triton 3.6.0, and 3.7.1 is"]),
+        ({"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.1"}, [], ["Triton's interpreter", "torch 2.11's scaled_dot"]),
+        ({"torch": "2.14.0.dev1"}, [], ["torch 2.14.0.dev1 is not one of those"]),
+        ({"torch": "2.9.1"}, [], ["torch 2.9.1 is not one of those that attnfx is tested with, 2.11 to below 2.14."]),
+    ],
+)
+def test_doctor_knows_versions_that_do_not_go_together(installed: dict[str, str], required: list[str], told: list[str]) -> None:
+    found = versions.known(installed, required)
+    assert [sentence.startswith(start) for sentence, start in zip(found, told, strict=True)] == [True] * len(told), found
 
 
 def test_doctor_refuses_an_unknown_target() -> None:
@@ -201,6 +274,8 @@ def test_help(command: list[str]) -> None:
     result = _run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+    assert command or "Exit codes: 0 it is done; 1 it failed" in result.stdout
+    assert not command or command == ["bench"] or f"attnfx {command[0]} " in result.stdout, "an example"
 
 
 def test_module_is_the_command_line_and_help_needs_no_torch() -> None:

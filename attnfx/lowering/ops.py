@@ -3,7 +3,7 @@
 `attention` is what a graph is given: it builds relative tables and the window of a band, draws the dropout seed and applies
 the sink with ordinary torch operations, which the compiler sees, and calls `flash`, which is opaque. `attention_lse` gives the
 LSE too, `attention_unnormalised` exponentials that are not divided, their sums and maxima. The plan travels as JSON text, so
-that a cached graph needs nothing else.
+that a cached graph needs nothing else; `site`, the path of the module, names the call in a profiler's timeline and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import bands, blocks, outside, portable
+from attnfx.lowering import bands, blocks, outside, portable, timeline
 from attnfx.lowering.plan import KernelPlan
 
 LIBRARY: Any = torch.library.Library("attnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 _FLASH = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, Tensor? seed, str plan"
-_LISTS = "Tensor? row_blocks=None, Tensor? key_blocks=None"
+_LISTS = "Tensor? row_blocks=None, Tensor? key_blocks=None, str site=''"
+_LEFT_OUT: tuple[Any, ...] = (None, None, "")
 _BLOCKS = (
     "Tensor[] loads, SymInt[] sizes, SymInt batch, SymInt heads, SymInt queries, SymInt keys, bool by_keys, Device device, str plan"
 )
 _RESULT = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum, Tensor degenerate"
 
-_ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan"
+_ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan, str site=''"
 
 LIBRARY.define(f"attention({_ATTENTION}) -> Tensor")
 LIBRARY.define(f"attention_lse({_ATTENTION}) -> (Tensor out, Tensor lse)")
@@ -37,40 +38,43 @@ LIBRARY.define(f"flash_backward({_FLASH}, {_RESULT}, Tensor grad_out, Tensor? gr
 LIBRARY.define(f"blocks({_BLOCKS}) -> Tensor", tags=_TAGS)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
+) -> Tensor:
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): the attention that ``plan`` (text of a KernelPlan) describes.
 
     ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable in query, key, value and
     the side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
     """
-    return _attention(query, key, value, loads, sizes, plan)[0][0]
+    return _attention(query, key, value, loads, sizes, plan, site)[0][0]
 
 
 def attention_lse(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention`, and the LSE (B,H,M): the natural log of each row's softmax denominator, a sink's term included.
 
     float32, for a float64 query float64; -inf for a row whose keys are all -inf and that has no sink. Gradients flow through both.
     """
-    out, _ = _attention(query, key, value, loads, sizes, plan, with_lse=True)
+    out, _ = _attention(query, key, value, loads, sizes, plan, site, with_lse=True)
     return out
 
 
 def attention_unnormalised(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sum_j exp(z_ij - m_i) v_j (B,H,M,DV), sum_j exp(z_ij - m_i) (B,H,M) and the row maxima m (B,H,M), for a plan of such a site.
 
     The latter two are float32, for a float64 query float64. Gradients flow through the first two, m taken for a constant.
     """
-    (out, _), results = _attention(query, key, value, loads, sizes, plan)
+    (out, _), results = _attention(query, key, value, loads, sizes, plan, site)
     return outside.unnormalised(out, results)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, with_lse: bool = False
-) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str,
+    with_lse: bool = False,
+) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:  # fmt: skip
     """(O, LSE) of the site, and what the kernel gave."""
     read = KernelPlan.from_json(plan)
     if len(loads) != read.given:
@@ -83,7 +87,7 @@ def _attention(
     if read.site.dropout > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
     lists = blocks.of_call(plan, query, key, loads, values)
-    results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan, *lists)
+    results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan, *lists, site)
     out, lse = outside.applied(read, results, loads, values, with_lse) if read.has_outside else (results[0], results[1])
     if with_lse and read.shift is not None:
         lse = lse + outside.of_rows(read.shift, lse, loads, values)
@@ -91,11 +95,23 @@ def _attention(
 
 
 def _flash_cpu(*args: Any) -> portable.Result:
-    return _forward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=True), *args)
+    return _named_forward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=True), *args)
 
 
 def _flash_cuda(*args: Any) -> portable.Result:
-    return _forward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=False), *args)
+    return _named_forward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=False), *args)
+
+
+def _named_forward(kernel: bool, *args: Any) -> portable.Result:
+    *given, site = [*args, *_LEFT_OUT[len(args) - 7 :]]
+    with timeline.named(site):
+        return _forward(kernel, *given)
+
+
+def _named_backward(kernel: bool, *args: Any) -> list[Tensor]:
+    *given, site = [*args, *_LEFT_OUT[len(args) - 14 :]]
+    with timeline.named(site, backward=True):
+        return _backward(kernel, *given)
 
 
 def _has_kernel(plan: KernelPlan, interpreted: bool) -> bool:
@@ -153,11 +169,11 @@ def _launched(
 
 
 def _backward_cpu(*args: Any) -> list[Tensor]:
-    return _backward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=True), *args)
+    return _named_backward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=True), *args)
 
 
 def _backward_cuda(*args: Any) -> list[Tensor]:
-    return _backward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=False), *args)
+    return _named_backward(_has_kernel(KernelPlan.from_json(args[6]), interpreted=False), *args)
 
 
 def _backward(
@@ -200,7 +216,7 @@ def _backward(
 
 def _flash_fake(
     q: Tensor, k: Tensor, v: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None, plan: str,
-    *lists: Tensor | None,
+    *rest: Any,
 ) -> portable.Result:  # fmt: skip
     return portable.new_result(KernelPlan.from_json(plan), q, k, v)
 
@@ -213,7 +229,8 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, loads, sizes, seed, plan, *lists = inputs
+    q, k, v, loads, sizes, seed, plan, *rest = inputs
+    lists, ctx.site = rest[:2], (rest[2] if len(rest) > 2 else "")
     ctx.loads, ctx.sizes, ctx.has_seed, ctx.plan = len(loads), list(sizes), seed is not None, plan
     ctx.lists = [t is not None for t in lists]
     ctx.save_for_backward(q, k, v, *loads, *([seed] if seed is not None else []), *output, *(t for t in lists if t is not None))
@@ -237,7 +254,7 @@ def _flash_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, 
         return None, None, None, grads, no_sizes, *nothing
     grad_out = torch.zeros_like(results[0]) if grad_out is None else grad_out
     dq, dk, dv, *rest = torch.ops.attnfx.flash_backward(
-        q, k, v, loads, ctx.sizes, seed, ctx.plan, *results, grad_out, grad_lse, *lists
+        q, k, v, loads, ctx.sizes, seed, ctx.plan, *results, grad_out, grad_lse, *(lists or (None, None)), ctx.site
     )
     for gradient, grad in zip(plan.gradients, rest, strict=True):
         grads[gradient.slot] = grad
