@@ -20,7 +20,7 @@ from attnfx.capture import capture
 from attnfx.composing import Composition, attention_node, written
 from attnfx.composites import expand_composites
 from attnfx.constants import Constants
-from attnfx.decide import Decision, decide
+from attnfx.decide import Decision, decide, subject
 from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
 from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
@@ -42,6 +42,7 @@ from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
 from attnfx.searching import request_searches
 from attnfx.site import Origin
+from attnfx.site_kind import relation
 from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
 
 #: Where reports of compiles go while somebody is listening.
@@ -206,6 +207,7 @@ def _serve(
     """Decide one match and splice the decision in."""
     origin = origin_of(mirror, match.candidate.output)
     name = prefix + origin.node
+    origin = replace(origin, pattern=match.candidate.pattern, relation=_relation(mirror, match, options.policy))
     match, decision, read = _decided(mirror, match, origin, options.policy, constants, bool(prefix))
     site = match.site
     if any(node not in mirror.dynamo_of for node in (match.candidate.output, *(row.node for _, row in match.rows))):
@@ -279,13 +281,18 @@ def _decided(
 
 def _kept(mirror: Mirror, linear: LinearMatch, options: Options, graph: fx.Graph) -> SiteReport:
     """The entry of an attention that is described and left as it is."""
-    origin = origin_of(mirror, linear.output)
+    origin = replace(origin_of(mirror, linear.output), pattern=linear.pattern, relation=_relation(mirror, linear, options.policy))
     known = Known(None, lambda load: "it is not looked for", lambda e: guarded(mirror, graph, e))
     decision = decide(linear.site.replace(origin=origin), options.policy, known)
     return SiteReport(
         name=origin.node, module=origin.module, pattern=linear.pattern, site=decision.site, decision=decision.name,
         variant=None, reason=decision.reason, exact=True, source=origin.source,
     )  # fmt: skip
+
+
+def _relation(mirror: Mirror, match: Match | LinearMatch, policy: Policy) -> str:
+    """Of what the keys are made, where a rule asks for it."""
+    return relation(mirror, match.query.node, match.key.node) if policy.asks_for_kinds else ""
 
 
 def _caller(splicer: Splicer, decision: Decision, device: torch.device) -> Callable[..., fx.Node]:
@@ -333,11 +340,10 @@ def _missed(mirror: Mirror, miss: NearMiss) -> Missed:
 
 
 def _policy_warnings(options: Options, sites: Sequence[SiteReport]) -> tuple[str, ...]:
-    modules = [s.module for s in sites]
-    names = ", ".join(dict.fromkeys(modules)) or "none"
+    names = ", ".join(dict.fromkeys(s.module for s in sites)) or "none"
     return tuple(
         f"The policy's rule {rule} matches no attention of this graph; it has: {names}."
-        for rule in options.policy.unmatched(modules)
+        for rule in options.policy.unmatched(subject(s.site) for s in sites)
     )
 
 

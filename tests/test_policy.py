@@ -117,7 +117,7 @@ def _fail(*_: object) -> None:
     ("text", "complaint"),
     [
         ("rules = [", "is not TOML"),
-        ("rule = []", 'the key "rule" is unknown; allowed are "rules". Did you mean "rules"?'),
+        ("rule = []", 'the key "rule" is unknown; allowed are "rules", "default", "$schema". Did you mean "rules"?'),
         ("rules = 3", '"rules" is 3; it must be tables, each under its own [[rules]].'),
         ('[[rules]]\nvariant = "keep"', 'rule 1: the key "modules" is missing'),
         ('[[rules]]\nmodules = "*"', 'rule 1: the key "variant" is missing'),
