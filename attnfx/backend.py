@@ -36,13 +36,13 @@ from attnfx.pair_bias import PairNodes, pair_behind
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
+from attnfx.patterns.relation import relation
 from attnfx.policy import Policy
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
 from attnfx.searching import request_searches
 from attnfx.site import Origin
-from attnfx.site_kind import relation
 from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks
 
 #: Where reports of compiles go while somebody is listening.

@@ -35,7 +35,8 @@ class Problem:
 
     def __str__(self) -> str:
         line, rule = f", line {self.line}" if self.line else "", f", rule {self.rule}" if self.rule else ""
-        return f"{self.file}{line}{rule}: {self.message}"
+        key = f", {self.key}" if self.key and f'"{self.key}"' not in self.message else ""
+        return f"{self.file}{line}{rule}{key}: {self.message}"
 
 
 def read(path: Path) -> tuple[Policy | None, list[Problem]]:
@@ -46,7 +47,7 @@ def read(path: Path) -> tuple[Policy | None, list[Problem]]:
         return None, [Problem(str(path), problem.line, 0, "", f"The policy cannot be read: {problem.what}.")]
     reader = _Reader(str(path), found)
     policy = reader.policy()
-    return (None if reader.problems else policy), reader.problems
+    return (None if reader.problems else policy), sorted(reader.problems, key=lambda problem: problem.line)
 
 
 class _Reader:
@@ -58,7 +59,7 @@ class _Reader:
     def note(self, place: Place, message: str) -> None:
         """A problem with the value at a place."""
         rule = int(place[1]) + 1 if len(place) > 1 and place[0] == "rules" else 0
-        key = ".".join(map(str, place[2:] if rule else place))
+        key = ".".join(str(part)[:60] for part in (place[2:] if rule else place))
         if len(message) > _LONGEST:
             message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
         self.problems.append(Problem(self.file, self.marked.line(place), rule, key, message))
@@ -101,10 +102,11 @@ class _Reader:
             return None
         before = len(self.problems)
         self.known(table, place, _KEYS)
-        if len(self.problems) == before and not any(name in table for name in SELECTORS):
+        misspelt = len(self.problems) > before
+        if not misspelt and not any(name in table for name in SELECTORS):
             asked = 'for every attention write modules = "*", or the policy\'s "default"'
             self.note(place, f'the key "modules" is missing, and so is any other that selects; {asked}.')
-        if "variant" not in table:
+        if not misspelt and "variant" not in table:
             self.note(place, f'the key "variant" is missing; a rule says what runs: a variant, or "{KEEP}".')
         given: dict[str, Any] = {}
         for name in SELECTORS:
@@ -143,6 +145,9 @@ class _Reader:
             self.note(place, f'"variant" is {_shown(value)}; it must be "{KEEP}" or {form}, or a list of these.')
             return None
         name = data["name"]
+        if isinstance(value, str) and nearest(name, (KEEP,)):
+            self.note(place, f'"variant" is {_shown(name)}; it must be "{KEEP}" or name a variant.{nearest(name, (KEEP,))}')
+            return None
         kind = self.attempt((*place, "name"), lambda: variants.named(name[:60]))
         if kind is None:
             return None

@@ -44,7 +44,7 @@ class SideTensor:
 class Origin:
     """Where a site was found; it does not count in equality, so that equal layers share one plan.
 
-    ``pattern``: how the model spells it; ``relation``: "self" or "cross", as far as the graph tells (:mod:`attnfx.site_kind`);
+    ``pattern``: how the model spells it; ``relation``: "self" or "cross" as :mod:`attnfx.patterns.relation` tells, or "";
     ``kinds``: what it was before a variant changed it.
     """
 
