@@ -51,14 +51,20 @@ def check(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page of the docs that is made from it.")] = False,
+) -> None:
     """Print the JSON schema of policy files, with which editors complete and check them.
 
     JSON files name it under "$schema"; TOML files in a first line "#:schema FILE" (Taplo), YAML files in
     "# yaml-language-server: $schema=FILE".
     """
+    from attnfx.policy_page import markdown
     from attnfx.policy_schema import schema
 
+    if as_markdown:
+        print(markdown(), end="")
+        return
     print(json.dumps(schema(), indent=2, ensure_ascii=False))
 
 

@@ -41,11 +41,20 @@ class Problem:
 
 def read(path: Path) -> tuple[Policy | None, list[Problem]]:
     """The policy in a file, or None and what is wrong with it. Raises PolicyError where the file cannot be read at all."""
+    return _read(str(path), lambda: marked.read(path))
+
+
+def problems_of(content: bytes, file: str) -> list[Problem]:
+    """What is wrong with the content of a file."""
+    return _read(file, lambda: marked.parse(content, marked.format_of(Path(file))))[1]
+
+
+def _read(file: str, load: Callable[[], Marked]) -> tuple[Policy | None, list[Problem]]:
     try:
-        found = marked.read(path)
+        found = load()
     except Unreadable as problem:
-        return None, [Problem(str(path), problem.line, 0, "", f"The policy cannot be read: {problem.what}.")]
-    reader = _Reader(str(path), found)
+        return None, [Problem(file, problem.line, 0, "", f"The policy cannot be read: {problem.what}.")]
+    reader = _Reader(file, found)
     policy = reader.policy()
     return (None if reader.problems else policy), sorted(reader.problems, key=lambda problem: problem.line)
 

