@@ -110,9 +110,9 @@ guarded: a graph is compiled once for each side of the condition, not for each l
 
 @SIZES@
 
-*An order, or a wish.* Where a variant cannot serve an attention, a rule that names modules is an error that says why: it was an order.
-A rule for `*` is a wish, and what its variant objects to is left exact, with the reason in the report. A list of variants that
-ends with "keep" never is an error.
+*An order, or a wish.* Where a variant cannot serve an attention, a rule that names modules is an error that says why: it was an
+order. A rule for `*` is a wish, and what its variant objects to is left exact, with the reason in the report. A list of variants
+that ends with "keep" never is an error.
 
 *Heads.* `heads = "0-3,8"` is short for the variant `PerHead`, and has its bounds: heads that share a key head are served alike.
 
@@ -142,17 +142,17 @@ Parameters without a default have to be given.
 ## Files
 
 TOML 1.0, YAML without tags, anchors and aliases, or JSON without duplicate keys; UTF-8, 256 KiB, 12 levels and 20000 values
-at most. Loading a policy executes nothing and reads no other file; the file that a variant's `path` names is read when the variant is used.
-What is wrong is told with file, line, rule and key, what was found, what is allowed and the nearest spelling:
+at most. Loading a policy executes nothing and reads no other file; the file that a variant's `path` names is read when the variant
+is used. What is wrong is told with file, line, rule and key, what was found, what is allowed and the nearest spelling:
 
 ```text
 @ERROR@
 ```
 
 `attnfx policy check FILE...` lists everything that is wrong, with exit code 1 (`--json` for machines), `attnfx policy diff A B`
-tells which rules of two files or presets differ, and `attnfx policy schema > policy.schema.json` is a JSON schema, with which editors
-complete and check while you type: under `"$schema"` in JSON, as a first line `#:schema policy.schema.json` in TOML (Taplo), and
-`# yaml-language-server: $schema=policy.schema.json` in YAML.
+tells which rules of two files or presets differ, and `attnfx policy schema > policy.schema.json` is a JSON schema, with which
+editors complete and check while you type: under `"$schema"` in JSON, as a first line `#:schema policy.schema.json` in TOML
+(Taplo), and `# yaml-language-server: $schema=policy.schema.json` in YAML.
 """
 
 #: What is in policy.toml for the error that the page shows.

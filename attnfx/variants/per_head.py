@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnfx import expr, variants
-from attnfx.errors import PolicyError, listing
+from attnfx.errors import PolicyError
 from attnfx.site import AttentionSite
 from attnfx.variants import dense
 from attnfx.variants.attend import Attend, Within
@@ -48,9 +48,8 @@ class PerHead(Variant):
         read = tuple((heads, None if variant == "keep" else variant) for heads, variant in given)
         for _, variant in read:
             if variant is not None and (not isinstance(variant, Variant) or type(variant).__name__ in _OF_ALL_HEADS):
-                raise PolicyError(
-                    f'PerHead.choices holds {variant!r}; each choice is a variant other than {listing(_OF_ALL_HEADS)}, or "keep".'
-                )
+                others = ", ".join(_OF_ALL_HEADS)
+                raise PolicyError(f'PerHead.choices holds {variant!r}; each choice is a variant other than {others}, or "keep".')
         object.__setattr__(self, "choices", read)
         self._by_head()
 
