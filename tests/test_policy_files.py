@@ -223,7 +223,8 @@ w = 2
 
 [[t.many]]
 v = 3
-last = 4'''
+[t.many.sub]
+wide = 4'''
 
 
 def test_every_key_of_toml_has_its_line() -> None:
