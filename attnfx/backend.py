@@ -21,7 +21,7 @@ from attnfx.capture import capture
 from attnfx.composing import Composition, attention_node, written
 from attnfx.composites import expand_composites
 from attnfx.constants import Constants
-from attnfx.decide import Decision, decide
+from attnfx.decide import Decision, decide, subject
 from attnfx.errors import AttnfxError, Objection, UnknownOption, VerificationError
 from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
@@ -39,6 +39,7 @@ from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.linear_splice import as_match
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
+from attnfx.patterns.relation import relation
 from attnfx.policy import Policy
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
@@ -221,6 +222,7 @@ def _serve(
     """Decide one match and splice the decision in."""
     origin = origin_of(mirror, match.candidate.output)
     name = prefix + origin.node
+    origin = replace(origin, pattern=match.candidate.pattern, relation=_relation(mirror, match, options.policy))
     match, decision, read = _decided(mirror, match, origin, options.policy, constants, bool(prefix))
     site = match.site
     if any(node not in mirror.dynamo_of for node in (match.candidate.output, *(row.node for _, row in match.rows))):
@@ -294,7 +296,8 @@ def _serve_linear(
     constants: Constants,
 ) -> SiteReport:  # fmt: skip
     """Decide an attention without a softmax over keys, and splice the decision in; it is reported where it stays as it is, too."""
-    origin = origin_of(mirror, linear.output)
+    kind = _relation(mirror, linear, options.policy)
+    origin = replace(origin_of(mirror, linear.output), pattern=linear.pattern, relation=kind)
     if constants.tables is None:
         constants = Constants(constants.gm, mirror, {}, held=False)  # what is computed from nothing is known everywhere
     for match in map(as_match, linear.readings):
@@ -347,6 +350,11 @@ def _linear_caller(splicer: Splicer, plan: LinearPlan) -> Callable[..., fx.Node]
     return call
 
 
+def _relation(mirror: Mirror, match: Match | LinearMatch, policy: Policy) -> str:
+    """Of what the keys are made, where a rule asks for it."""
+    return relation(mirror, match.query.node, match.key.node) if policy.asks_for_kinds else ""
+
+
 def _caller(splicer: Splicer, decision: Decision, device: torch.device) -> Callable[..., fx.Node]:
     """What makes the attention node from canonical operands."""
     graph, kernel, site = splicer.graph, decision.kernel, decision.site
@@ -392,11 +400,10 @@ def _missed(mirror: Mirror, miss: NearMiss) -> Missed:
 
 
 def _policy_warnings(options: Options, sites: Sequence[SiteReport]) -> tuple[str, ...]:
-    modules = [s.module for s in sites]
-    names = ", ".join(dict.fromkeys(modules)) or "none"
+    names = ", ".join(dict.fromkeys(s.module for s in sites)) or "none"
     return tuple(
         f"The policy's rule {rule} matches no attention of this graph; it has: {names}."
-        for rule in options.policy.unmatched(modules)
+        for rule in options.policy.unmatched(subject(s.site) for s in sites)
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `attnfx demo | explain | variants | bench | tune | doctor`."""
+"""The command line: `attnfx demo | explain | variants | policy | bench | tune | doctor`."""
 
 import functools
 import json
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from attnfx.cli_policy import app as policy_app
 from attnfx.errors import AttnfxError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ on standard output), the traceback of your own function, or a kernel that does n
 
 Shell completion: [bold]attnfx --install-completion[/bold], then open a new shell.""",
 )
+app.add_typer(policy_app, name="policy")
 console = Console()
 problems = Console(stderr=True)
 
@@ -82,7 +84,7 @@ def explain(
         str | None,
         typer.Option(metavar="PACKAGE.MODULE:FN", help="A function that returns (args, kwargs) or args for the model."),
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="A policy file (TOML): which variant for which layers.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="A policy file, or a preset: which variant for which layers.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")] = None,
     kernels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write the source of each kernel that is generated for a GPU.")
@@ -117,7 +119,7 @@ def explain(
     from attnfx.factories import model_and_inputs, own_traceback
     from attnfx.policy import Policy
 
-    rules = Policy.load(policy) if policy is not None else None
+    rules = Policy.coerce(policy) if policy is not None else None
     model, args, kwargs = model_and_inputs(factory, inputs)
     with _progress("looking at the graphs of the model"), torch.no_grad():
         looked = functools.partial(attnfx.explain, model, *args, policy=rules, **kwargs)
@@ -191,7 +193,7 @@ def tune(
         str | None,
         typer.Option(metavar="PACKAGE.MODULE:FN", help="A function that returns (args, kwargs) or args for the model."),
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="A policy file (TOML): which variant for which layers.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="A policy file, or a preset: which variant for which layers.")] = None,
     budget: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="For each attention and shape.")] = 60.0,
     backward: Annotated[bool, typer.Option("--backward", help="Tune the gradients' kernels too.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Search also for what is remembered.")] = False,
@@ -218,7 +220,7 @@ def tune(
     if taken is not None:
         problems.print(f"{tuning.import_file(taken, force)} new entries from {taken}.", markup=False, soft_wrap=True)
     if factory is not None:
-        rules = Policy.load(policy) if policy is not None else None
+        rules = Policy.coerce(policy) if policy is not None else None
         model, args, kwargs = model_and_inputs(factory, inputs)
         with bar(problems) as tell:
             done = tuning.tune(model, args, kwargs, tuning.Settings(budget, backward, again, rules), tell)

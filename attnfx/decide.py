@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,13 +24,12 @@ from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.neural import neural
 from attnfx.policy import Policy, Rule
+from attnfx.rule import Subject
 from attnfx.site import AttentionSite
+from attnfx.site_kind import kinds
 from attnfx.variants.base import Variant
 from attnfx.variants.low_rank_bias import LowRankBias
 from attnfx.variants.neural_bias import NeuralBias
-
-#: Globs that speak of everything: their variants are wishes, and a site that objects is left alone.
-_DEFAULTS = ("*", "**")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,20 @@ def decide(site: AttentionSite, policy: Policy, known: Known | None = None, form
     ``known``: what the graph tells of its side tensors, for variants that are computed from them; ``form``: how an attention
     without a softmax over keys is spelled.
     """
-    rule = policy.choose(site.origin.module, phase(site), _Sizes(site, known))
+    if policy.asks_for_kinds:
+        site = site.replace(origin=dataclasses.replace(site.origin, kinds=kinds(site)))
+    rule = policy.choose(subject(site), phase(site), _Sizes(site, known))
     if not site.exponential:
         return _linear(site, rule, known, form)
     if rule is None or rule.variant is None:
         return _exact(site)
-    return _by_rule(site, rule, rule.variant, known)
+    return _by_rule(site, rule, known)
+
+
+def subject(site: AttentionSite) -> Subject:
+    """What of a site rules ask for, as it was before a variant changed it."""
+    origin = site.origin
+    return Subject(origin.module, origin.kinds, origin.pattern or None, site.device, phase(site))
 
 
 def phase(site: AttentionSite) -> str:
@@ -91,36 +99,52 @@ class _Sizes(Mapping[str, Any]):
         return len(self.sizes)
 
 
-def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | None) -> Decision:
-    piece = f"The site is a piece of an attention that is divided later; {type(variant).__name__} changes whole ones."
-    reasons = variant.objections(site) if site.normaliser == "softmax" else (piece,)
-    if not reasons:
-        made = _made(site, variant, known)
-        if isinstance(made, Exact):
-            exact = _exact(site)
-            return Decision(
-                exact.name, exact.kernel, f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}", site
-            )
-        if isinstance(made, tuple):
-            reasons = made
-        elif isinstance(made, Composition):
-            return Decision(made.family, made, _asked(rule, variant, site), site, variant)
-        else:
-            beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
-            plan = make_plan(changed, family(site))
-            if isinstance(plan, KernelPlan):
-                return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside)
-            reasons = plan
-    if rule.modules not in _DEFAULTS:
-        raise Objection(site.origin.module, type(variant).__name__, reasons)
+def _by_rule(site: AttentionSite, rule: Rule, known: Known | None) -> Decision:
+    """The first of the rule's variants that serves the site. Raises Objection where none does, and the rule is no wish."""
+    objected: list[tuple[str, tuple[str, ...]]] = []
+    for variant in rule.choices:
+        if variant is None:
+            break
+        made = _by_variant(site, rule, variant, known)
+        if isinstance(made, Decision):
+            return dataclasses.replace(made, reason=f"{_objections(objected)}{made.reason}")
+        objected.append((type(variant).__name__, made))
+    if not rule.is_wish and None not in rule.choices:
+        raise Objection(
+            site.origin.module, ", ".join(name for name, _ in objected), [text for _, reasons in objected for text in reasons]
+        )
     exact = _exact(site)
-    reason = f"{type(variant).__name__} objects: {' '.join(reasons)} {exact.reason}"
-    return Decision(exact.name, exact.kernel, reason, exact.site)
+    return dataclasses.replace(exact, reason=f"{_objections(objected)}{exact.reason}")
+
+
+def _objections(objected: Sequence[tuple[str, Sequence[str]]]) -> str:
+    return "".join(f"{name} objects: {' '.join(reasons)} " for name, reasons in objected)
+
+
+def _by_variant(site: AttentionSite, rule: Rule, variant: Variant, known: Known | None) -> Decision | tuple[str, ...]:
+    """The site served by ``variant``, or why it is not."""
+    if site.normaliser != "softmax":
+        return (f"The site is a piece of an attention that is divided later; {type(variant).__name__} changes whole ones.",)
+    if reasons := variant.objections(site):
+        return reasons
+    made = _made(site, variant, known)
+    if isinstance(made, Exact):
+        exact = _exact(site)
+        reason = f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}"
+        return Decision(exact.name, exact.kernel, reason, site)
+    if isinstance(made, tuple):
+        return made
+    if isinstance(made, Composition):
+        return Decision(made.family, made, _asked(rule, variant, site), site, variant)
+    beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
+    plan = make_plan(changed, family(site))
+    if isinstance(plan, KernelPlan):
+        return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside)
+    return plan
 
 
 def _asked(rule: Rule, variant: Variant, site: AttentionSite) -> str:
-    limits = "".join(f" {name} {given}" for name, given in (("when", rule.when), ("in", rule.phase)) if given is not None)
-    asked = f'{variant}, asked for by the rule "{rule.modules}"{limits}'
+    asked = f"{variant}, asked for by the rule {rule.selection}"
     return "; ".join(part for part in (asked, work(variant, site)) if part)
 
 
@@ -162,11 +186,11 @@ def _measured(site: AttentionSite) -> Decision | None:
 def _linear(site: AttentionSite, rule: Rule | None, known: Known | None, form: str) -> Decision:
     """An attention without a softmax over keys runs as linear attention where that is what it is, and costs less."""
     plan, reason, site = served(site, form, None if known is None else known.values)
-    if rule is not None and rule.variant is not None:
-        variant = type(rule.variant).__name__
-        objection = f"The site is {linear_name(site)}, without a softmax over keys; {variant} changes softmax attention."
-        if rule.modules not in _DEFAULTS:
-            raise Objection(site.origin.module, variant, (objection,))
+    if rule is not None and (variants := [v for v in rule.choices if v is not None]):
+        which = " or ".join(type(variant).__name__ for variant in variants)
+        objection = f"The site is {linear_name(site)}, without a softmax over keys; {which} changes softmax attention."
+        if not rule.is_wish and None not in rule.choices:
+            raise Objection(site.origin.module, which, (objection,))
         reason = f"{objection} {reason}"
     return Decision("kept" if plan is None else "linear", plan, reason, site)
 

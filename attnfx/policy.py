@@ -1,103 +1,112 @@
-"""Which variant serves which attention: rules over module paths, first match wins, kept as data in a TOML file."""
+"""Which variant serves which attention: rules, of which the first that matches wins, and files that say the same."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnfx.conditions import Condition
-from attnfx.errors import PolicyError, listing, nearest
-from attnfx.globs import Glob
-from attnfx.policy_file import KEEP, read_rules, write_rules
-from attnfx.variants.base import Variant
+from attnfx.errors import PolicyError
+from attnfx.files import replace_file
+from attnfx.rule import KEEP, PHASES, Choice, Rule, Subject
 
-PHASES = ("training", "prefill", "decode")
-"""What a graph is compiled for: gradients are wanted; or not, with several queries, or one."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`variant` for every attention whose module path matches the glob `modules`; None (or "keep") leaves it exact.
-
-    `*` matches any run of characters, dots included, `?` one character, `[abc]` one of them, and `[0-31]` or
-    `[0,4,8-11]` a whole number in these ranges: "model.layers.[0-31].self_attn". `when` is a condition over sizes, such as
-    "kv_len >= 8192" (:class:`attnfx.conditions.Condition`); of lengths that change it is a guard, so that a graph is compiled anew
-    only where it is crossed. `phase` is one of the :data:`PHASES`.
-    """
-
-    modules: str
-    variant: Variant | None = None
-    when: str | None = None
-    phase: str | None = None
-    glob: Glob = field(init=False, repr=False, compare=False)
-    condition: Condition | None = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        given: Any = self.variant
-        if given == KEEP:
-            object.__setattr__(self, "variant", None)
-        elif given is not None and not isinstance(given, Variant):
-            raise PolicyError(
-                f'The variant of the rule for "{self.modules}" is {given!r}; it must be an instance of a class of '
-                f'attnfx.variants, or None or "{KEEP}" to leave the attention exact.'
-            )
-        object.__setattr__(self, "glob", Glob(self.modules))
-        object.__setattr__(self, "condition", None if self.when is None else Condition(self.when))
-        if self.phase is not None and self.phase not in PHASES:
-            raise PolicyError(f"The phase is {self.phase!r}; known are {listing(PHASES)}.{nearest(str(self.phase), PHASES)}")
-
-    def matches(self, module: str) -> bool:
-        """Whether the rule speaks about the attention at this module path."""
-        return self.glob.matches(module)
-
-    def serves(self, module: str, phase: str, sizes: Mapping[str, Any]) -> bool:
-        """Whether it is the rule for an attention at this path, in this phase, of these sizes."""
-        if not self.matches(module) or self.phase not in (None, phase):
-            return False
-        return self.condition is None or self.condition.holds(sizes)
-
-    def __str__(self) -> str:
-        limits = "".join(f" {name} {given}" for name, given in (("when", self.when), ("in", self.phase)) if given is not None)
-        return f'"{self.modules}"{limits} -> {self.variant or KEEP}'
+__all__ = ["KEEP", "PHASES", "Policy", "Rule"]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules in order of precedence. An attention that no rule matches is rewritten exactly."""
+    """Rules in order of precedence, then `default`: a rule for every attention, or None. What no rule matches is rewritten exactly.
+
+    `base | override` is a policy that tries the rules of `override` first.
+    """
 
     rules: tuple[Rule, ...] = ()
+    default: Rule | None = None
 
-    def __init__(self, rules: Iterable[Rule] = ()) -> None:
+    def __init__(self, rules: Iterable[Rule] = (), default: Choice | Rule | str = None) -> None:
+        """`default`: a variant, a list of variants, or "keep", as a rule has it."""
         rules = tuple(rules)
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise PolicyError(f"A policy holds attnfx.Rule objects; one of these is {rule!r}.")
+        if default is not None and not isinstance(default, Rule):
+            default = Rule("*", default)  # type: ignore[arg-type]  # a rule checks what it is given
+        if default is not None and default != Rule("*", default.variant):
+            raise PolicyError(f'The default of a policy is for every attention; this one is for "{default.selection}".')
         object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "default", default)
 
-    def choose(self, module: str, phase: str = "prefill", sizes: Mapping[str, Any] | None = None) -> Rule | None:
-        """The first rule for the attention at a module path, in one of the :data:`PHASES`, of sizes by the names that conditions
-        have for them; or None."""
-        return next((rule for rule in self.rules if rule.serves(module, phase, sizes or {})), None)
+    def __or__(self, override: Policy) -> Policy:
+        """The rules of `override`, then these; the default is that of `override` where it has one."""
+        if not isinstance(override, Policy):
+            return NotImplemented
+        return Policy((*override.rules, *self.rules), override.default or self.default)
 
-    def unmatched(self, modules: Iterable[str]) -> list[Rule]:
-        """The rules that match none of `modules`: most likely misspelt."""
-        modules = list(modules)
-        return [rule for rule in self.rules if not any(rule.matches(module) for module in modules)]
+    def choose(self, subject: Subject | str, phase: str = "prefill", sizes: Mapping[str, Any] | None = None) -> Rule | None:
+        """The first rule for an attention (or what is at a module path), in one of the :data:`PHASES`, of sizes by the names that
+        conditions have for them; or None."""
+        return next((rule for rule in self.rules if rule.serves(subject, phase, sizes or {})), self.default)
+
+    def unmatched(self, subjects: Iterable[Subject | str]) -> list[Rule]:
+        """The rules that match none of these attentions, or module paths: most likely misspelt. Rules of another phase do not
+        count, nor rules for any module that keep what they might have matched."""
+        found = [Subject(subject) if isinstance(subject, str) else subject for subject in subjects]
+        return [rule for rule in self.rules if rule.expected(found) and not any(map(rule.matches, found))]
+
+    @property
+    def asks_for_kinds(self) -> bool:
+        """Whether a rule has to know what kind of attention it sees."""
+        return any(rule.kind is not None for rule in self.rules)
+
+    @property
+    def changes_results(self) -> bool:
+        """Whether a rule asks for a variant."""
+        rules = self.rules if self.default is None else (*self.rules, self.default)
+        return any(variant is not None for rule in rules for variant in rule.choices)
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Policy":
-        """The policy in a TOML file. PolicyError names the file, the key, what was found and what is allowed."""
-        return Policy(Rule(**rule) for rule in read_rules(Path(path)))
+    def preset(name: str) -> Policy:
+        """One of :data:`attnfx.presets.PRESETS`, such as "streaming"."""
+        from attnfx.presets import named
+
+        return named(name).policy
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Policy:
+        """The policy in a TOML, YAML or JSON file, by its suffix. PolicyError names the file, the line, the key, what was found and
+        what is allowed. Nothing of the file is executed, and no other file is read."""
+        from attnfx.policy_file import read
+
+        policy, problems = read(Path(path))
+        if policy is None:
+            further = f" ({len(problems) - 1} more: attnfx policy check {path})" if len(problems) > 1 else ""
+            raise PolicyError(f"{problems[0]}{further}")
+        return policy
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy as TOML; a file at `path` is replaced in one step, and no reader sees half of it."""
-        names = ("modules", "variant", "when", "phase")
-        write_rules(Path(path), [{name: getattr(rule, name) for name in names} for rule in self.rules])
+        """Write the policy as TOML, YAML or JSON, by the suffix of `path`; a file there is replaced in one step, and no reader sees
+        half of it."""
+        from attnfx.marked import format_of
+
+        replace_file(Path(path), self.dumps(format_of(Path(path))))
+
+    def dumps(self, format: str = "toml") -> str:
+        """The policy as the text of a file: "toml", "yaml" or "json"."""
+        from attnfx.policy_writing import WRITERS
+
+        return WRITERS[format](self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as a file holds it."""
+        default = {} if self.default is None else {"default": self.default.to_dict()["variant"]}
+        return default | {"rules": [rule.to_dict() for rule in self.rules]}
 
     @staticmethod
-    def coerce(given: Any) -> "Policy":
-        """A policy from what callers pass: a Policy, rules in a list or tuple, the path of a policy file, or None."""
+    def coerce(given: Any) -> Policy:
+        """A policy from what callers pass: a Policy, rules in a list or tuple, the path of a policy file (which has a suffix), the
+        name of a preset, or None."""
         if given is None:
             return Policy()
         if isinstance(given, Policy):
@@ -105,7 +114,11 @@ class Policy:
         if isinstance(given, Rule):
             return Policy([given])
         if isinstance(given, str | os.PathLike):
-            return Policy.load(given)
+            path = Path(given)
+            return Policy.load(path) if path.suffix or len(path.parts) != 1 else Policy.preset(str(path))
         if isinstance(given, Sequence):
             return Policy(given)
-        raise PolicyError(f"policy is {given!r}; it must be an attnfx.Policy, a list of attnfx.Rule, the path of a file, or None.")
+        raise PolicyError(
+            f"policy is {given!r}; it must be an attnfx.Policy, a list of attnfx.Rule, the path of a file, the name of a preset, "
+            "or None."
+        )

@@ -42,11 +42,18 @@ class SideTensor:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a site was found; it does not count in equality, so that equal layers share one plan."""
+    """Where a site was found; it does not count in equality, so that equal layers share one plan.
+
+    ``pattern``: how the model spells it; ``relation``: "self" or "cross" as :mod:`attnfx.patterns.relation` tells, or "";
+    ``kinds``: what it was before a variant changed it.
+    """
 
     module: str = ""
     source: str = ""
     node: str = ""
+    pattern: str = ""
+    relation: str = ""
+    kinds: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

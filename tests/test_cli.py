@@ -95,6 +95,8 @@ def test_explain_takes_a_policy_and_writes_a_page(explained: _Recorded) -> None:
     assert json.loads(result.stdout)["sites"] == []
     assert explained.calls[0][2] == policy
     assert Path("report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert _run("explain", "cli_models:pair", "--policy", "streaming").exit_code == 0
+    assert explained.calls[1][2] == attnfx.Policy.preset("streaming")
 
 
 @pytest.mark.parametrize(

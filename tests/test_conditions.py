@@ -74,7 +74,7 @@ def test_rules_with_conditions_survive_a_file(tmp_path: Path) -> None:
 def test_a_file_names_the_rule_of_a_bad_condition(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text('[[rules]]\nmodules = "*"\nvariant = "keep"\nwhen = "kv_len > x"\n', encoding="utf-8")
-    with pytest.raises(PolicyError, match='rule 1: The condition "kv_len > x" has "x"'):
+    with pytest.raises(PolicyError, match='rule 1, when: The condition "kv_len > x" has "x"'):
         Policy.load(path)
     with pytest.raises(PolicyError, match="The phase is 'decoding'; known are"):
         Rule("*", None, phase="decoding")

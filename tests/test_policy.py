@@ -117,17 +117,17 @@ def _fail(*_: object) -> None:
     ("text", "complaint"),
     [
         ("rules = [", "is not TOML"),
-        ("rule = []", 'the key "rule" is unknown; allowed are "rules". Did you mean "rules"?'),
+        ("rule = []", 'the key "rule" is unknown; allowed are "rules", "default", "$schema". Did you mean "rules"?'),
         ("rules = 3", '"rules" is 3; it must be tables, each under its own [[rules]].'),
         ('[[rules]]\nvariant = "keep"', 'rule 1: the key "modules" is missing'),
         ('[[rules]]\nmodules = "*"', 'rule 1: the key "variant" is missing'),
         ('[[rules]]\nmodules = "*"\nvariants = "keep"', 'rule 1: the key "variants" is unknown'),
-        ('[[rules]]\nmodules = 3\nvariant = "keep"', "rule 1: The module glob is 3"),
-        ('[[rules]]\nmodules = "h.[0"\nvariant = "keep"', 'rule 1: The module glob "h.[0" is malformed'),
+        ('[[rules]]\nmodules = 3\nvariant = "keep"', "rule 1, modules: The module glob is 3"),
+        ('[[rules]]\nmodules = "h.[0"\nvariant = "keep"', 'rule 1, modules: The module glob "h.[0" is malformed'),
         ('[[rules]]\nmodules = "*"\nvariant = 3', 'rule 1: "variant" is 3; it must be "keep" or a table'),
         (
             '[[rules]]\nmodules = "a"\nvariant = "keep"\n[[rules]]\nmodules = "*"\nvariant = "SlidingWindo"',
-            'rule 2: There is no variant "SlidingWindo"; known are',
+            'rule 2, variant.name: There is no variant "SlidingWindo"; known are',
         ),
         ('[[rules]]\nmodules = "*"\nvariant = "slidingwindow"', 'Did you mean "SlidingWindow"?'),
         (
@@ -137,7 +137,7 @@ def _fail(*_: object) -> None:
         ('[[rules]]\nmodules = "*"\nvariant = "SlidingWindow"', 'SlidingWindow needs the parameter "window"'),
         (
             '[[rules]]\nmodules = "*"\nvariant = { name = "SlidingWindow", window = 0 }',
-            "rule 1: SlidingWindow.window is 0; it must be a whole number of at least 1.",
+            "rule 1, variant.window: SlidingWindow.window is 0; it must be a whole number of at least 1.",
         ),
     ],
 )

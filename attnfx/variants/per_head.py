@@ -21,6 +21,7 @@ from attnfx.variants.base import Example, Variant, pairs
 
 _RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _MOST_HEADS = 10_000
+_OF_ALL_HEADS = ("PerHead", "LowRankBias", "NeuralBias")  # the last two are computed from what a graph holds
 _H = expr.INDEX["h"]
 
 
@@ -46,8 +47,9 @@ class PerHead(Variant):
             raise PolicyError(f'PerHead.choices is {given!r}; it must name a variant, or "keep", for heads such as "0-3,8".')
         read = tuple((heads, None if variant == "keep" else variant) for heads, variant in given)
         for _, variant in read:
-            if variant is not None and (not isinstance(variant, Variant) or isinstance(variant, PerHead)):
-                raise PolicyError(f'PerHead.choices holds {variant!r}; each choice is a variant other than PerHead, or "keep".')
+            if variant is not None and (not isinstance(variant, Variant) or type(variant).__name__ in _OF_ALL_HEADS):
+                others = ", ".join(_OF_ALL_HEADS)
+                raise PolicyError(f'PerHead.choices holds {variant!r}; each choice is a variant other than {others}, or "keep".')
         object.__setattr__(self, "choices", read)
         self._by_head()
 
