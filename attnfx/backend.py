@@ -22,6 +22,7 @@ from attnfx.composites import expand_composites
 from attnfx.constants import Constants
 from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, AttnfxWarning, Objection, UnknownOption, VerificationError
+from attnfx.graph_view import view
 from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
 from attnfx.laid_beside import laid_beside
@@ -154,7 +155,7 @@ def _rewrite(
     drop_unread(work, ours)
     work.graph.lint()
     work.recompile()
-    report = Report((*sites, *kept), tuple(lost), readable(gm), readable(work))
+    report = Report((*sites, *kept), tuple(lost), readable(gm), readable(work), graphs=() if prefix else (view(gm, work),))
     return _Rewritten(work if sites else gm, report, probe)
 
 
@@ -229,6 +230,7 @@ def _serve(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
         exact=decision.exact, kernel=_source(decision), source=origin.source, buffers=read, biases=_biases(decision),
+        considered=decision.considered, original=match.site if decision.site != match.site else None,
     )  # fmt: skip
 
 
@@ -284,7 +286,7 @@ def _kept(mirror: Mirror, linear: LinearMatch, options: Options, graph: fx.Graph
     decision = decide(linear.site.replace(origin=origin), options.policy, known)
     return SiteReport(
         name=origin.node, module=origin.module, pattern=linear.pattern, site=decision.site, decision=decision.name,
-        variant=None, reason=decision.reason, exact=True, source=origin.source,
+        variant=None, reason=decision.reason, exact=True, source=origin.source, considered=decision.considered,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
@@ -13,6 +13,7 @@ import torch
 from attnfx.beside import Beside, Exact, Known
 from attnfx.composing import Composition, composed
 from attnfx.conditions import NAMES
+from attnfx.considered import Considered, not_chosen
 from attnfx.density import work
 from attnfx.errors import Objection, PolicyError
 from attnfx.expr import Call, Expr, Score, walk
@@ -33,7 +34,8 @@ _DEFAULTS = ("*", "**")
 @dataclass(frozen=True)
 class Decision:
     """``kernel``: a plan, a variant's composition, ``"vendor"`` for torch's own fused attention, or None where the site stays as it
-    was; ``beside``: what the kernel is given beside the model's own operands."""
+    was; ``beside``: what the kernel is given beside the model's own operands; ``considered``: what else could have
+    run, and why it does not."""
 
     name: str
     kernel: KernelPlan | Composition | str | None
@@ -41,6 +43,7 @@ class Decision:
     site: AttentionSite
     variant: Variant | None = None
     beside: Beside | None = None
+    considered: tuple[Considered, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -95,24 +98,27 @@ def _by_rule(site: AttentionSite, rule: Rule, variant: Variant, known: Known | N
         made = _made(site, variant, known)
         if isinstance(made, Exact):
             exact = _exact(site)
-            return Decision(
-                exact.name, exact.kernel, f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}", site
-            )
+            return replace(exact, reason=f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}")
         if isinstance(made, tuple):
             reasons = made
         elif isinstance(made, Composition):
-            return Decision(made.family, made, _asked(rule, variant, site), site, variant)
+            return Decision(made.family, made, _asked(rule, variant, site), site, variant, None, _others(site, made.family, rule))
         else:
             beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
             plan = make_plan(changed, family(site))
             if isinstance(plan, KernelPlan):
-                return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside)
+                others = _others(site, plan.family, rule)
+                return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside, others)
             reasons = plan
     if rule.modules not in _DEFAULTS:
         raise Objection(site.origin.module, type(variant).__name__, reasons)
     exact = _exact(site)
     reason = f"{type(variant).__name__} objects: {' '.join(reasons)} {exact.reason}"
-    return Decision(exact.name, exact.kernel, reason, exact.site)
+    return replace(exact, reason=reason, considered=(Considered(str(variant), tuple(reasons)), *exact.considered))
+
+
+def _others(site: AttentionSite, chosen: str, rule: Rule) -> tuple[Considered, ...]:
+    return not_chosen(site, chosen, family(site), asked=f'The rule "{rule.modules}" asks for {rule.variant}; this would be exact.')
 
 
 def _asked(rule: Rule, variant: Variant, site: AttentionSite) -> str:
@@ -137,11 +143,13 @@ def _exact(site: AttentionSite) -> Decision:
     if not objections and (decision := _measured(site)) is not None:
         return decision
     if not objections:
-        return Decision("vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site)
+        reason = f"plain {_shape(site)} attention: torch's own fused kernel is the fastest"
+        return Decision("vendor", "vendor", reason, site, considered=not_chosen(site, "vendor", family(site)))
     plan = make_plan(site, family(site))
     if isinstance(plan, KernelPlan):
-        return Decision(plan.family, plan, _why(site, objections), site)
-    return Decision("kept", None, " ".join(plan), site)
+        others = not_chosen(site, plan.family, family(site))
+        return Decision(plan.family, plan, _why(site, objections), site, considered=others)
+    return Decision("kept", None, " ".join(plan), site, considered=not_chosen(site, "kept", family(site), failed=plan))
 
 
 def _measured(site: AttentionSite) -> Decision | None:
@@ -153,7 +161,8 @@ def _measured(site: AttentionSite) -> Decision | None:
     won, plan = plain.prefers_generated(site), make_plan(site, "flash")
     if won is None or not isinstance(plan, KernelPlan):
         return None
-    return Decision(plan.family, plan, f"measured: {won.generated_ms:g} ms, torch's own kernel {won.vendor_ms:g} ms", site)
+    reason = f"measured: {won.generated_ms:g} ms, torch's own kernel {won.vendor_ms:g} ms"
+    return Decision(plan.family, plan, reason, site, considered=not_chosen(site, plan.family, "flash", measured=reason))
 
 
 def _proportional(e: Expr) -> bool:
@@ -181,7 +190,7 @@ def _linear(site: AttentionSite, rule: Rule | None) -> Decision:
         if rule.modules not in _DEFAULTS:
             raise Objection(site.origin.module, type(rule.variant).__name__, (objection,))
         reason = f"{objection} {reason}"
-    return Decision("kept", None, reason, site)
+    return Decision("kept", None, reason, site, considered=not_chosen(site, "kept", family(site)))
 
 
 def _shape(site: AttentionSite) -> str:
