@@ -31,16 +31,21 @@ def bias(site: AttentionSite) -> Bias | None:
         return None
     loads = [n for n in expr.walk(zero) if isinstance(n, Load)]
     if not loads:
-        return _drawn(site, zero, "What is added to the scores")
+        return _drawn(site, zero, "What is added to the scores", "Blue is below zero, red above")
     tables = [(n, x) for n in loads for x in n.indices if _of_positions(x) and not any(isinstance(m, Load) for m in expr.walk(x))]
     computed = [(n, x) for n, x in tables if not (isinstance(x, expr.Int) and x.value in expr.INDEX.values())]
     if not computed:
         return None
     load, index = computed[0]
-    return _drawn(site, index, f"Which element of T{load.slot} is added to the score: its place, computed from i and j")
+    return _drawn(
+        site,
+        index,
+        f"Which element of T{load.slot} is added to the score: its place, computed from i and j",
+        "The darker, the later in the table",
+    )
 
 
-def _drawn(site: AttentionSite, e: Expr, caption: str) -> Bias | None:
+def _drawn(site: AttentionSite, e: Expr, caption: str, colours: str) -> Bias | None:
     sizes = sample_sizes(site)
     try:
         queries, keys = (int(integer(sympy.sympify(n), sizes)) for n in (site.queries, site.keys))
@@ -55,7 +60,7 @@ def _drawn(site: AttentionSite, e: Expr, caption: str) -> Bias | None:
         return None
     head = ", in head 0" if expr.depends_on(e, "h") else ""
     values = tuple(tuple(line) for line in found.tolist())
-    return Bias(values, f"{caption}{head}, at {queries} queries and {keys} keys: from {low:.4g} to {high:.4g}.")
+    return Bias(values, f"{caption}{head}, at {queries} queries and {keys} keys: from {low:.4g} to {high:.4g}. {colours}.")
 
 
 def _of_positions(e: Expr) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from attnfx.graph_view import GraphView
     from attnfx.report import Report
 
+#: The folder of installed packages in front of a file, or that of the standard library.
+_INSTALLED = re.compile(r"(?<!\w)(?:[A-Za-z]:)?[\\/][^\s\"']*?[\\/](?:site|dist)-packages[\\/]")
 _ROLES = ("kept", "removed", "new")
 
 
@@ -20,6 +23,11 @@ def data(report: Report) -> str:
     graphs = [_rows(view, texts) for view in report.graphs]
     found: dict[str, Any] = {"graphs": graphs} | {name: list(known) for name, known in texts.items()}
     return script_safe(found)
+
+
+def short(source: str) -> str:
+    """Paths of files without the folder that packages are installed in, which is another one on each machine."""
+    return _INSTALLED.sub("", source)
 
 
 def script_safe(value: Any) -> str:
@@ -39,7 +47,7 @@ def _rows(view: GraphView, texts: dict[str, dict[str, int]]) -> list[list[Any]]:
 
     return [
         [
-            node.name, node.calls, number("modules", node.module), number("sources", node.source), _ROLES.index(node.role),
+            node.name, node.calls, number("modules", node.module), number("sources", short(node.source)), _ROLES.index(node.role),
             at(node.reads), at(node.read_before),
         ]
         for node in view.nodes

@@ -49,7 +49,19 @@ def view(before: fx.GraphModule, after: fx.GraphModule) -> GraphView:
         earlier_reads = old[name].reads
         nodes.append(node if earlier_reads == node.reads else replace(node, read_before=earlier_reads))
     nodes += [replace(gone, role="removed") for name, gone in rest if name not in new]
-    return GraphView(tuple(nodes))
+    return GraphView(tuple(_placed(nodes)))
+
+
+def _placed(nodes: list[DrawnNode]) -> list[DrawnNode]:
+    """New nodes without a module belong where the first node that reads them does."""
+    reader: dict[str, DrawnNode] = {}
+    found = []
+    for node in reversed(nodes):
+        if node.role == "new" and not node.module and node.name in reader:
+            node = replace(node, module=reader[node.name].module, source=node.source or reader[node.name].source)
+        reader |= dict.fromkeys(node.reads, node)
+        found.append(node)
+    return found[::-1]
 
 
 def _drawn(gm: fx.GraphModule, prefix: str = "") -> dict[str, DrawnNode]:

@@ -105,7 +105,7 @@ def _call(e: Call, outer: int, score: str | None) -> str:
     if e.op == "where":
         rows = ((inner[1], row(words("if "), inner[0])), (inner[2], words("otherwise")))
         cells = "".join(f"<mtr><mtd>{value}</mtd><mtd>{when}</mtd></mtr>" for value, when in rows)
-        return row(sign("{"), f'<mtable columnalign="left left">{cells}</mtable>')
+        return f'<mtable class="cases">{cells}</mtable>'
     return called(e.op, *inner)
 
 

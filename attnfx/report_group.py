@@ -86,7 +86,7 @@ def _costs(site: SiteReport) -> tuple[CostRow, ...]:
 
 
 def _typeset(e: sympy.Expr | None) -> str:
-    return "" if e is None else f"<math>{integer(sympy.factor_terms(e))}</math>"
+    return "" if e is None or e.is_number else f"<math>{integer(sympy.factor_terms(e))}</math>"
 
 
 def _number(e: sympy.Expr | None, unit: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from attnfx.errors import listing as listed
 from attnfx.graph_code import listing
-from attnfx.graph_data import data
+from attnfx.graph_data import data, short
 from attnfx.module_tree import tree
 from attnfx.report_group import describe
 from attnfx.report_kernels import Listing
@@ -37,18 +37,23 @@ def page(report: Report, targets: Sequence[str] = (), sample: int = 4096) -> str
         members = [(numbers[id(site)], site) for site in group.sites]
         cards.append({
             "group": group, "site": group.sites[0], "about": describe(group), "kernels": shown, "fresh": fresh, "where": where,
-            "members": members,
+            "members": members, "source": _common(site.source for site in group.sites),
+            "verified": any(site.measured is not None for site in group.sites),
         })  # fmt: skip
         leaves += [(number, site, "exact" if site.exact else "approximate") for number, site in members]
     placed: list[tuple[str, dict[str, object]]] = [
-        (site.module, {"id": f"site-{n}", "site": site, "tone": tone}) for n, site, tone in sorted(leaves, key=lambda x: x[0])
+        (site.module, {"id": f"site-{n}", "site": site, "tone": tone, "way": _way(site)})
+        for n, site, tone in sorted(leaves, key=lambda x: x[0])
     ]
-    placed += [(miss.module, {"id": f"missed-{n}", "missed": miss, "tone": "missed"}) for n, miss in enumerate(report.missed)]
+    placed += [
+        (miss.module, {"id": f"missed-{n}", "missed": miss, "tone": "missed", "way": "left as it was"})
+        for n, miss in enumerate(report.missed)
+    ]
     scripts = "\n".join(_file(name) for name in _SCRIPTS)
     return environment().get_template("page.html").render(
         report=report, summary=summary(report), cards=cards, tree=tree(placed), top=TOP,
         style=_file("style.css"), script=scripts, script_hash=_hash(scripts), style_hash=_hash(_file("style.css")),
-        graph=data(report) if report.graphs else "", code=listing(report.before, report.after),
+        graph=data(report) if report.graphs else "", code=listing(short(report.before), short(report.after)),
         targets=listed(targets) if targets else "",
     )  # fmt: skip
 
@@ -58,9 +63,22 @@ def environment() -> jinja2.Environment:
     """The templates of the package; everything that is not marked as markup is escaped."""
     import jinja2
 
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_file), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    made.filters["short"] = short
+    return made
+
+
+def _common(sources: Iterable[str]) -> str:
+    """The source line that attentions share, or nothing."""
+    first, *others = dict.fromkeys(sources)
+    return "" if others else short(first)
+
+
+def _way(site: SiteReport) -> str:
+    """A decision in a word or two, for the tree."""
+    return site.decision if site.variant is None else f"{site.decision}, {type(site.variant).__name__}"
 
 
 def _file(name: str) -> str:

@@ -55,6 +55,8 @@ class Listing:
             kernels, without = kernels_of(Report((site,)))
         except AttnfxError as problem:
             return [], str(problem)
+        if site.kernel is not None and site.kernel != "\n\n".join(kernel.source for kernel in kernels):
+            return [self._source(site.kernel)], "This kernel runs here."
         where = f"{site.module or 'the model itself'}: "
         if not kernels:
             return [], " ".join(_capital(text.removeprefix(where)) for text in without)
@@ -64,9 +66,14 @@ class Listing:
         device = site.site.device
         return found, f"The kernel that a GPU would run; on this {device} the attention runs as {site.decision}."
 
+    def _source(self, source: str) -> Shown:
+        if source not in self.shown:
+            self.shown[source] = Shown(len(self.shown) + 1, highlighted(source), source.count("\n") + 1)
+        return self.shown[source]
+
     def _shown(self, kernel: Kernel) -> Shown:
         if kernel.source not in self.shown:
-            made = Shown(len(self.shown) + 1, highlighted(kernel.source), kernel.source.count("\n") + 1)
+            made = self._source(kernel.source)
             resources: list[Resource] = []
             try:
                 for target in self.targets:

@@ -19,7 +19,7 @@ def formula(site: AttentionSite) -> str:
     """``<math>`` of a site."""
     lines = _softmax(site) if site.exponential else _weights(site)
     rows = "".join(f"<mtr><mtd>{left}</mtd><mtd>{sign('=')}</mtd><mtd>{right}</mtd></mtr>" for left, right in lines)
-    return f'<math display="block"><mtable columnalign="right center left" displaystyle="true">{rows}</mtable></math>'
+    return f'<math display="block"><mtable class="lines" displaystyle="true">{rows}</mtable></math>'
 
 
 def _softmax(site: AttentionSite) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ def _choice(value: str, keep: Expr, otherwise: str, site: AttentionSite | None =
     when = _mask(site) if site is not None else typeset(keep)
     cells = ((value, row(words("if "), when)), (otherwise, words("otherwise")))
     rows = "".join(f"<mtr><mtd>{a}</mtd><mtd>{b}</mtd></mtr>" for a, b in cells)
-    return row(sign("{"), f'<mtable columnalign="left left">{rows}</mtable>')
+    return f'<mtable class="cases">{rows}</mtable>'
 
 
 def _mask(site: AttentionSite) -> str:

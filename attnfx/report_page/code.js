@@ -15,7 +15,9 @@
       if (text[0] === "+") line.className = "fresh";
       return line;
     });
-    pre.replaceChildren(...lines);
+    const code = document.createElement("code");
+    code.append(...lines);
+    pre.replaceChildren(code);
     render();
   }
   function render() {

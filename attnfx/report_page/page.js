@@ -12,6 +12,7 @@
     for (const each of main.querySelectorAll("article.card")) each.hidden = card !== null && each !== card;
     for (const row of document.querySelectorAll("tr.chosen")) row.classList.remove("chosen");
     for (const link of document.querySelectorAll("nav a[aria-current]")) link.removeAttribute("aria-current");
+    for (const here of document.querySelectorAll(".here")) here.hidden = true;
     if (target && /^kernel-\d+$/.test(id)) target.open = true;
     if (!card) {
       if (target) target.scrollIntoView();
@@ -20,8 +21,14 @@
     const link = document.querySelector(`nav a[href="#${id}"]`);
     if (link) link.setAttribute("aria-current", "true");
     const members = target.closest("details.members");
-    if (members) { members.open = true; target.classList.add("chosen"); }
+    if (members) target.classList.add("chosen");
+    const here = card.querySelector(".here");
+    if (here && target.dataset.module && card.querySelectorAll("tbody tr[data-module]").length > 1) {
+      here.textContent = `Here: ${target.dataset.module}, ${target.dataset.node}`;
+      here.hidden = false;
+    }
     card.scrollIntoView({ block: "start" });
+    if (document.readyState !== "complete") addEventListener("load", () => setTimeout(() => card.scrollIntoView({ block: "start" })), { once: true });
   }
   addEventListener("hashchange", choose);
 
