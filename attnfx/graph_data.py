@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ def data(report: Report) -> str:
 
 
 def short(source: str) -> str:
-    """Paths of files without the folder that packages are installed in, which is another one on each machine."""
-    return _INSTALLED.sub("", source)
+    """Paths of files without the folder that packages are installed in, or the current one, which differ between machines."""
+    return _INSTALLED.sub("", source.replace(os.path.join(os.getcwd(), ""), ""))
 
 
 def script_safe(value: Any) -> str:
