@@ -53,8 +53,12 @@ class Listing:
 
         try:
             kernels, without = kernels_of(Report((site,)))
-        except AttnfxError as problem:
-            return [], str(problem)
+        except (
+            AttnfxError,
+            RuntimeError,
+            AssertionError,
+        ) as problem:  # a composition may make tensors on a device that is not here
+            kernels, without = [], (f"the kernels that a GPU would run cannot be generated on this machine: {problem}",)
         if site.kernel is not None and site.kernel != "\n\n".join(kernel.source for kernel in kernels):
             return [self._source(site.kernel)], "This kernel runs here."
         where = f"{site.module or 'the model itself'}: "
