@@ -23,6 +23,7 @@ from attnfx.composites import expand_composites
 from attnfx.constants import Constants
 from attnfx.decide import Decision, decide, subject
 from attnfx.errors import AttnfxError, Objection, UnknownOption, VerificationError
+from attnfx.graph_view import view
 from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
 from attnfx.laid_beside import laid_beside
@@ -170,7 +171,7 @@ def _rewrite(
     drop_unread(work, ours)
     work.graph.lint()
     work.recompile()
-    report = Report((*sites, *kept), tuple(lost), readable(gm), readable(work))
+    report = Report((*sites, *kept), tuple(lost), readable(gm), readable(work), graphs=() if prefix else (view(gm, work),))
     return _Rewritten(work if sites else gm, report, probe)
 
 
@@ -246,6 +247,7 @@ def _serve(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
         exact=decision.exact, kernel=_source(decision), source=origin.source, buffers=read, biases=_biases(decision),
+        considered=decision.considered, original=match.site if decision.site != match.site else None,
     )  # fmt: skip
 
 
@@ -324,7 +326,7 @@ def _serve_linear(
             told, reason = "kept", f"left as the model computes it: {why}"
     return SiteReport(
         name=name, module=origin.module, pattern=linear.pattern, site=decision.site, decision=told, variant=None, reason=reason,
-        exact=True, source=origin.source, buffers=tuple(sorted(read)),
+        exact=True, source=origin.source, buffers=tuple(sorted(read)), considered=decision.considered,
     )  # fmt: skip
 
 

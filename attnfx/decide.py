@@ -14,6 +14,7 @@ import torch
 from attnfx.beside import Beside, Exact, Known
 from attnfx.composing import Composition, composed
 from attnfx.conditions import NAMES
+from attnfx.considered import Considered, not_chosen
 from attnfx.density import work
 from attnfx.errors import Objection, PolicyError
 from attnfx.linear_sites import name as linear_name
@@ -35,7 +36,8 @@ from attnfx.variants.neural_bias import NeuralBias
 @dataclass(frozen=True)
 class Decision:
     """``kernel``: a plan, of linear attention or any other, a variant's composition, ``"vendor"`` for torch's own fused attention,
-    or None where the site stays as it was; ``beside``: what the kernel is given beside the model's own operands."""
+    or None where the site stays as it was; ``beside``: what the kernel is given beside the model's own operands;
+    ``considered``: what else could have run, and why it does not."""
 
     name: str
     kernel: KernelPlan | LinearPlan | Composition | str | None
@@ -43,6 +45,7 @@ class Decision:
     site: AttentionSite
     variant: Variant | None = None
     beside: Beside | None = None
+    considered: tuple[Considered, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -107,14 +110,18 @@ def _by_rule(site: AttentionSite, rule: Rule, known: Known | None) -> Decision:
             break
         made = _by_variant(site, rule, variant, known)
         if isinstance(made, Decision):
-            return dataclasses.replace(made, reason=f"{_objections(objected)}{made.reason}")
+            refused = tuple(Considered(name, tuple(reasons)) for name, reasons in objected)
+            reason = f"{_objections(objected)}{made.reason}"
+            return dataclasses.replace(made, reason=reason, considered=(*refused, *made.considered))
         objected.append((type(variant).__name__, made))
     if not rule.is_wish and None not in rule.choices:
         raise Objection(
             site.origin.module, ", ".join(name for name, _ in objected), [text for _, reasons in objected for text in reasons]
         )
     exact = _exact(site)
-    return dataclasses.replace(exact, reason=f"{_objections(objected)}{exact.reason}")
+    refused = tuple(Considered(name, tuple(reasons)) for name, reasons in objected)
+    reason = f"{_objections(objected)}{exact.reason}"
+    return dataclasses.replace(exact, reason=reason, considered=(*refused, *exact.considered))
 
 
 def _objections(objected: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -131,16 +138,21 @@ def _by_variant(site: AttentionSite, rule: Rule, variant: Variant, known: Known 
     if isinstance(made, Exact):
         exact = _exact(site)
         reason = f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}"
-        return Decision(exact.name, exact.kernel, reason, site)
+        return dataclasses.replace(exact, reason=reason)
     if isinstance(made, tuple):
         return made
     if isinstance(made, Composition):
-        return Decision(made.family, made, _asked(rule, variant, site), site, variant)
+        return Decision(made.family, made, _asked(rule, variant, site), site, variant, None, _others(site, made.family, rule))
     beside, changed = (made, made.site) if isinstance(made, Beside) else (None, made)
     plan = make_plan(changed, family(site))
     if isinstance(plan, KernelPlan):
-        return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside)
+        others = _others(site, plan.family, rule)
+        return Decision(plan.family, plan, _asked(rule, variant, site), changed, variant, beside, others)
     return plan
+
+
+def _others(site: AttentionSite, chosen: str, rule: Rule) -> tuple[Considered, ...]:
+    return not_chosen(site, chosen, family(site), asked=f"The rule {rule} asks for a variant; this would be exact.")
 
 
 def _asked(rule: Rule, variant: Variant, site: AttentionSite) -> str:
@@ -164,11 +176,13 @@ def _exact(site: AttentionSite) -> Decision:
     if not objections and (decision := _measured(site)) is not None:
         return decision
     if not objections:
-        return Decision("vendor", "vendor", f"plain {_shape(site)} attention: torch's own fused kernel is the fastest", site)
+        reason = f"plain {_shape(site)} attention: torch's own fused kernel is the fastest"
+        return Decision("vendor", "vendor", reason, site, considered=not_chosen(site, "vendor", family(site)))
     plan = make_plan(site, family(site))
     if isinstance(plan, KernelPlan):
-        return Decision(plan.family, plan, _why(site, objections), site)
-    return Decision("kept", None, " ".join(plan), site)
+        others = not_chosen(site, plan.family, family(site))
+        return Decision(plan.family, plan, _why(site, objections), site, considered=others)
+    return Decision("kept", None, " ".join(plan), site, considered=not_chosen(site, "kept", family(site), failed=plan))
 
 
 def _measured(site: AttentionSite) -> Decision | None:
@@ -180,7 +194,8 @@ def _measured(site: AttentionSite) -> Decision | None:
     won, plan = plain.prefers_generated(site), make_plan(site, "flash")
     if won is None or not isinstance(plan, KernelPlan):
         return None
-    return Decision(plan.family, plan, f"measured: {won.generated_ms:g} ms, torch's own kernel {won.vendor_ms:g} ms", site)
+    reason = f"measured: {won.generated_ms:g} ms, torch's own kernel {won.vendor_ms:g} ms"
+    return Decision(plan.family, plan, reason, site, considered=not_chosen(site, plan.family, "flash", measured=reason))
 
 
 def _linear(site: AttentionSite, rule: Rule | None, known: Known | None, form: str) -> Decision:
@@ -192,7 +207,8 @@ def _linear(site: AttentionSite, rule: Rule | None, known: Known | None, form: s
         if not rule.is_wish and None not in rule.choices:
             raise Objection(site.origin.module, which, (objection,))
         reason = f"{objection} {reason}"
-    return Decision("kept" if plan is None else "linear", plan, reason, site)
+    name = "kept" if plan is None else "linear"
+    return Decision(name, plan, reason, site, considered=not_chosen(site, name, family(site), failed=(reason,)))
 
 
 def _shape(site: AttentionSite) -> str:

@@ -1,8 +1,6 @@
 """What was found, what was decided and why: the answer of `attnfx.explain`, as data and as text."""
 
-import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from attnfx.breaks import Break
 from attnfx.files import replace_file
+from attnfx.report_fragment import report_fragment, site_fragment
 from attnfx.report_html import page
+from attnfx.report_json import site_to_dict, to_dict
 from attnfx.report_text import table
 
 if TYPE_CHECKING:
+    from attnfx.considered import Considered
+    from attnfx.graph_view import GraphView
     from attnfx.kernel_files import Saved
     from attnfx.measure import Measured
     from attnfx.site import AttentionSite
@@ -30,7 +32,8 @@ class SiteReport:
     policy chose (None: the model's own attention), `reason` why, `exact` whether the result is the model's own,
     `kernel` the generated source or None where no kernel was generated, `source` the line of the model's code, `measured` the
     error against the original where a verification measured it, `buffers` the buffers of the model whose values were read, under
-    a guard that compiles anew when they change, `biases` in which form the kernel meets each term that is added to the scores.
+    a guard that compiles anew when they change, `biases` in which form the kernel meets each term that is added to the scores,
+    `considered` what else could have run it and why it does not, `original` the model's own attention where a variant changed it.
     """
 
     name: str
@@ -46,6 +49,8 @@ class SiteReport:
     measured: "Measured | None" = None
     buffers: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    considered: tuple["Considered", ...] = ()
+    original: "AttentionSite | None" = None
 
     @property
     def rewritten(self) -> bool:
@@ -60,11 +65,12 @@ class SiteReport:
         return self.variant.exactness if self.variant is not None else "approximate"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the fields, with the formula beside the site's sizes, dtype and expressions."""
-        flat = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        variant = self.variant.to_dict() if self.variant is not None else None
-        measured = None if self.measured is None else {k: _plain(v) for k, v in dataclasses.asdict(self.measured).items()}
-        return flat | {"formula": str(self.site), "site": _site_as_data(self.site), "variant": variant, "measured": measured}
+        """Plain data, as docs/report.md describes it."""
+        return site_to_dict(self)
+
+    def _repr_html_(self) -> str:
+        """The attention as a notebook shows it."""
+        return site_fragment(self)
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,9 @@ class Compile:
 
 @dataclass(frozen=True)
 class Report:
-    """Every attention and near miss of a model, its graphs `before` and `after` as readable Python, and the `breaks` between them,
-    where what runs is in no graph; `compiles` are the graphs that a compiled model really ran."""
+    """Every attention and near miss of a model, its graphs `before` and `after` as readable Python, the `breaks` between them,
+    where what runs is in no graph, and the nodes of the `graphs`, to draw them; `compiles` are the graphs that a compiled
+    model really ran."""
 
     sites: tuple[SiteReport, ...]
     missed: tuple[Missed, ...] = ()
@@ -106,30 +113,30 @@ class Report:
     policy_warnings: tuple[str, ...] = ()
     breaks: tuple[Break, ...] = ()
     compiles: tuple[Compile, ...] = ()
+    graphs: tuple["GraphView", ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("sites", "missed", "policy_warnings", "breaks", "compiles"):
+        for name in ("sites", "missed", "policy_warnings", "breaks", "compiles", "graphs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __str__(self) -> str:
         return table(self)
 
-    def to_json(self) -> str:
-        """The whole report as JSON."""
-        data = {
-            "sites": [site.to_dict() for site in self.sites],
-            "missed": [dataclasses.asdict(missed) for missed in self.missed],
-            "policy_warnings": list(self.policy_warnings),
-            "breaks": [dataclasses.asdict(broken) for broken in self.breaks],
-            "compiles": [dataclasses.asdict(compile) for compile in self.compiles],
-            "before": self.before,
-            "after": self.after,
-        }
-        return json.dumps(data, indent=2, ensure_ascii=False)
+    def _repr_html_(self) -> str:
+        """The report as a notebook shows it: the table, without the graphs."""
+        return report_fragment(self)
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one HTML file that needs no other; a file already at `path` is replaced in one step."""
-        replace_file(Path(path), page(self))
+    def to_json(self) -> str:
+        """The whole report as JSON, as docs/report.md describes it."""
+        return json.dumps(to_dict(self), indent=2, ensure_ascii=False)
+
+    def to_html(self, path: str | os.PathLike[str], targets: Sequence[str] = (), sample: int = 4096) -> None:
+        """Write the report as one HTML file that needs no other; a file already at `path` is replaced in one step.
+
+        For each of ``targets`` ("sm90") the kernels are compiled, without a GPU, and their registers, spills and shared memory are
+        shown; that takes seconds a kernel. ``sample``: as in :meth:`save_kernels`.
+        """
+        replace_file(Path(path), page(self, targets, sample))
 
     def save_kernels(
         self, directory: str | os.PathLike[str], targets: Sequence[str] = ("sm90",), *, ptx: bool = False, sample: int = 4096
@@ -164,22 +171,9 @@ class Report:
             policy_warnings=tuple(dict.fromkeys(text for report in reports for text in report.policy_warnings)),
             breaks=tuple(dict.fromkeys(broken for report in reports for broken in report.breaks)),
             compiles=tuple(compile for report in reports for compile in report.compiles),
+            graphs=tuple(graph for report in reports for graph in report.graphs),
         )
 
 
 def _joined(graphs: list[str]) -> str:
     return "\n\n".join(f"# graph {number} of {len(graphs)}\n{graph}" for number, graph in enumerate(graphs, 1))
-
-
-def _site_as_data(site: "AttentionSite") -> dict[str, Any]:
-    """The site's fields as JSON's own kinds; what JSON cannot say (sizes that are symbols, -inf) as text."""
-    names = (field.name for field in dataclasses.fields(site) if field.compare and not field.name.startswith("ranges"))
-    return {name: _plain(getattr(site, name)) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return int(value) if getattr(value, "is_Integer", False) else str(value)
