@@ -121,6 +121,14 @@ class Fused:
             bias = evaluate(self.form.bias, p.grid(block), p.loads, p.values, known=p.known(self.form.bias, block)).float()
         if (band := bands.product(p, block)) is not None:
             bias = band * self.form.scale if bias is None else band * self.form.scale + bias
+        if bias is None and not block.full and block.unsure is not None and plan.site.fill <= UNREACHABLE:
+            # all other columns are kept, so that no row is without keys
+            part = _masked(None, p.unsure(block, block.unsure))
+            mask = part.new_zeros((*part.shape[:-1], block.width))
+            mask[..., block.unsure] = part
+            while mask.dim() < 4:
+                mask = mask[None]
+            return True, mask.expand(*mask.shape[:2], len(block.rows), block.width)
         keep = p.keep(block)
         if keep is not None:
             if not self.certain and (plan.site.fill > UNREACHABLE or not bool(keep.any(-1).all())):

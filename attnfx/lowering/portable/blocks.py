@@ -263,13 +263,18 @@ class Problem:
             return None
         e = self.plan.site.keep
         if block.unsure is not None:
-            asked = torch.arange(block.keys.start, block.keys.stop, device=self.q.device) if block.at is None else block.at
-            part = self.keep(replace(block, at=asked[block.unsure], unsure=None))
-            assert part is not None
+            part = self.unsure(block, block.unsure)
             whole = part.new_ones((*part.shape[:-1], block.width))
             whole[..., block.unsure] = part
             return whole
         return evaluate(e, self.grid(block), self.loads, self.values, known=self.known(e, block))
+
+    def unsure(self, block: Block, columns: Tensor) -> Tensor:
+        """The mask of some columns of a block."""
+        positions = torch.arange(block.keys.start, block.keys.stop, device=self.q.device) if block.at is None else block.at
+        found = self.keep(replace(block, full=False, at=positions[columns], unsure=None))
+        assert found is not None
+        return found
 
     def factor(self, block: Block) -> Tensor | None:
         """What multiplies the probabilities after the softmax, broadcastable to (B',H',R,C): weight and dropout; None for 1."""

@@ -92,7 +92,7 @@ class Kept:
         of_heads = groups if self.may.shape[1] > 1 else 1
         of_batches = batches if self.may.shape[0] > 1 else 1
         step = -(-rows // ROWS)
-        tiles = functional.pad(self.may, (0, 0, 0, -self.may.shape[2] % step)).unflatten(2, (-1, step)).any(3)
-        tiles = tiles.unflatten(1, (of_heads, -1)).any(2).unflatten(0, (of_batches, -1)).any(1)
+        tiles = torch.unflatten(functional.pad(self.may, (0, 0, 0, -self.may.shape[2] % step)), 2, (-1, step)).any(3)
+        tiles = torch.unflatten(torch.unflatten(tiles, 1, (of_heads, -1)).any(2), 0, (of_batches, -1)).any(1)
         count = int(tiles.sum()) * self.columns * step * ROWS
-        return count * copies / (of_batches * of_heads) + CALL * batches * groups * tiles.shape[2]
+        return float(count * copies / (of_batches * of_heads)) + CALL * batches * groups * tiles.shape[2]
