@@ -17,8 +17,8 @@ from attnfx import buffers, counting, live, logs, patterns
 from attnfx import measure as measuring
 from attnfx.beside import Known
 from attnfx.breaks import break_of
+from attnfx.calling import bias_forms, caller, kernel_source, linear_caller
 from attnfx.capture import capture
-from attnfx.composing import Composition, attention_node, written
 from attnfx.composites import expand_composites
 from attnfx.constants import Constants
 from attnfx.decide import Decision, decide, subject
@@ -26,11 +26,8 @@ from attnfx.errors import AttnfxError, Objection, UnknownOption, VerificationErr
 from attnfx.graph_view import view
 from attnfx.guarded import guarded
 from attnfx.inner import compile_inner
-from attnfx.laid_beside import laid_beside
 from attnfx.levels import closed, forward_mode, mapped
-from attnfx.lowering import form_text
 from attnfx.lowering.linear.plan import LinearPlan
-from attnfx.lowering.plan import KernelPlan, choices
 from attnfx.mirror import Mirror
 from attnfx.nodes import Load
 from attnfx.options import Options
@@ -237,7 +234,7 @@ def _serve(
     if name in refused or decision.kernel is None:
         return _lost(mirror, match, refused.get(name, decision.reason))
     try:
-        splicer.splice(match, _caller(splicer, decision, match.query.node.meta["val"].device))
+        splicer.splice(match, caller(splicer, decision, match.query.node.meta["val"].device))
     except Exception as error:
         if options.strict:
             raise
@@ -246,7 +243,7 @@ def _serve(
     return SiteReport(
         name=name, module=origin.module, pattern=match.candidate.pattern, site=decision.site, decision=decision.name,
         variant=decision.variant, reason=f"{decision.reason}; {also}, and computed for it" if also else decision.reason,
-        exact=decision.exact, kernel=_source(decision), source=origin.source, buffers=read, biases=_biases(decision),
+        exact=decision.exact, kernel=kernel_source(decision), source=origin.source, buffers=read, biases=bias_forms(decision),
         considered=decision.considered, original=match.site if decision.site != match.site else None,
     )  # fmt: skip
 
@@ -316,7 +313,7 @@ def _serve_linear(
         why = mirror.reason or forward_mode() or inside or refused.get(name)
         try:
             if not why:
-                splicer.splice(match, _linear_caller(splicer, kernel))
+                splicer.splice(match, linear_caller(splicer, kernel))
         except Exception as error:
             if options.strict:
                 raise
@@ -341,59 +338,9 @@ def _values(constants: Constants, match: Match, read: set[str]) -> Callable[[int
     return values
 
 
-def _linear_caller(splicer: Splicer, plan: LinearPlan) -> Callable[..., fx.Node]:
-    """What makes the node of linear attention from canonical operands."""
-    import attnfx.lowering.ops  # noqa: F401 - registers the operators
-
-    def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
-        args = (query, key, value, list(loads), [splicer.number(s) for s in plan.symbols], plan.to_json())
-        return splicer.graph.call_function(torch.ops.attnfx.linear_site.default, args)
-
-    return call
-
-
 def _relation(mirror: Mirror, match: Match | LinearMatch, policy: Policy) -> str:
     """Of what the keys are made, where a rule asks for it."""
     return relation(mirror, match.query.node, match.key.node) if policy.asks_for_kinds else ""
-
-
-def _caller(splicer: Splicer, decision: Decision, device: torch.device) -> Callable[..., fx.Node]:
-    """What makes the attention node from canonical operands."""
-    graph, kernel, site = splicer.graph, decision.kernel, decision.site
-    import attnfx.lowering.ops  # noqa: F401 - registers the operators
-
-    if isinstance(kernel, Composition):
-        return written(splicer, kernel, site, device)
-
-    def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
-        if decision.beside is not None:
-            query, key, loads = laid_beside(splicer, decision.beside, query, key, loads)
-        if isinstance(kernel, KernelPlan):
-            return attention_node(splicer, kernel, site, query, key, value, loads)
-        args = (query, key, value, site.facts.causal, site.scale, site.dropout)
-        return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
-
-    return call
-
-
-def _biases(decision: Decision) -> tuple[str, ...]:
-    """In which form the kernel meets each term that is added to the scores, as sentences."""
-    if not isinstance(decision.kernel, KernelPlan):
-        return ()
-    notes = () if decision.beside is None else decision.beside.notes
-    return tuple(dict.fromkeys((*notes, *(form_text.sentence(choice) for choice in choices(decision.site)))))
-
-
-def _source(decision: Decision) -> str | None:
-    """The generated kernel source, where one is generated."""
-    kernel = decision.kernel
-    plans = kernel.plans if isinstance(kernel, Composition) else (kernel,)
-    generated = [p for p in plans if isinstance(p, KernelPlan) and p.family == "flash"]
-    if not generated:
-        return None
-    from attnfx.lowering import codegen
-
-    return "\n\n".join(dict.fromkeys(codegen.source(p) for p in generated))
 
 
 def _missed(mirror: Mirror, miss: NearMiss) -> Missed:

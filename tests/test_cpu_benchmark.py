@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cpu, timing
+from benchmarks import cpu, cpu_variants, timing
 from benchmarks.cpu import HEADS, ROWS, Row, distance, run, slower, stepping, table, truth, turns
+from benchmarks.cpu_variants import distance as distance_of_variant
 
 
 @pytest.mark.parametrize("attend", sorted({row.attend for row in ROWS}, key=lambda f: f.__name__))
@@ -57,3 +58,10 @@ def test_slower_is_slower_by_either_measure(paired: float, least: float, named: 
 
 def test_rows_have_names_of_their_own() -> None:
     assert not [a for a, b in itertools.combinations(ROWS, 2) if a.name == b.name]
+
+
+def test_a_variant_is_measured_from_its_own_definition() -> None:
+    row = cpu_variants.ROWS[0]
+    dense = distance_of_variant(row, row.variants["window 512"], row.sdpa, 700)
+    assert dense > 1e-2
+    assert distance_of_variant(row, row.variants["window 512"], row.sdpa, 500) < 1e-5

@@ -10,7 +10,7 @@ import torch
 
 import attnfx
 from attnfx.breaks import Break
-from attnfx.report import Missed, Report
+from attnfx.report import Compile, Missed, Report
 from attnfx.report_json import SCHEMA
 from attnfx.variants import SlidingWindow
 
@@ -26,7 +26,9 @@ def data() -> dict[str, Any]:
     x = torch.randn(1, 2, 24, 8)
     with torch.no_grad():
         report = attnfx.explain(_attention, x, x, x, policy=[attnfx.Rule("*", SlidingWindow(4))])
-    return json.loads(Report(report.sites, (Missed("m", "r", "n"),), "b", "a", ("w",), (Break("s", "r"),), report.graphs).to_json())
+    compiles = (Compile("0/0", "f", "", "12:00:00", 0.5, 1),)
+    whole = Report(report.sites, (Missed("m", "r", "n"),), "b", "a", ("w",), (Break("s", "r"),), compiles, report.graphs)
+    return json.loads(whole.to_json())
 
 
 def _documented(title: str) -> list[str]:
@@ -44,6 +46,7 @@ def _documented(title: str) -> list[str]:
         ("Its meaning", ("sites", 0, "original")),
         ("A near miss", ("missed", 0)),
         ("A break", ("breaks", 0)),
+        ("A compile", ("compiles", 0)),
         ("A node", ("graphs", 0, "nodes", 0)),
     ],
 )

@@ -21,11 +21,14 @@ from attnfx.lowering.plan import UNREACHABLE
 from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.affine import Affine, affine
 from attnfx.lowering.portable.blocks import Block, Problem
+from attnfx.lowering.portable.picked import Layout
 
 #: Mask elements in one call (16 MB of float32), and query rows of one call with a mask; half as many where so few keys meet them
 #: that the masked corners of a block are a good part of it.
 ELEMENTS = 1 << 22
 ROWS = 256
+#: Rows of one call where tiles of keys are picked.
+STEPS = (ROWS // 4, ROWS // 2, ROWS)
 
 
 @dataclass(frozen=True)
@@ -70,36 +73,62 @@ class Fused:
         for first in range(0, p.rows, step):
             yield range(first, min(first + step, p.rows))
 
+    @cached_property
+    def names(self) -> list[str]:
+        """On which of b, h and i a mask depends."""
+        parts = [e for e in (self.form.bias, self.problem.plan.site.keep) if e is not None]
+        each = self.problem.plan.site.band is not None
+        return [name for name in "bhi" if each or any(expr.depends_on(e, name) for e in parts)]
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """Which rows, batches and heads one call has, where tiles of keys are picked."""
+        return None if self.whole else self.problem.layout(STEPS if "i" in self.names else (self.problem.rows,))
+
     def _step(self) -> int:
         """Query rows of one call: all of them where one row of the mask is that of every query."""
-        p = self.problem
-        parts = [e for e in (self.form.bias, p.plan.site.keep) if e is not None]
-        each = p.plan.site.band is not None
-        names = [name for name in "bhi" if each or any(expr.depends_on(e, name) for e in parts)]
-        if self.whole or "i" not in names:
+        p, layout = self.problem, self.layout
+        if self.whole or "i" not in self.names:
             return p.rows
-        copies = math.prod(n for n, name in ((p.batch, "b"), (p.heads, "h")) if name in names)
+        batch, heads = (p.batch, p.heads) if layout is None else (layout.batches, layout.key_heads * p.group)
+        copies = math.prod(n for n, name in ((batch, "b"), (heads, "h")) if name in self.names)
+        room = max(1, ELEMENTS // (copies * p.keys))
+        if layout is not None:
+            return min(layout.rows, room)
         last = p.block(range(p.batch), range(p.heads), range(max(0, p.rows - ROWS), p.rows))
-        return max(1, min(ROWS // 2 if len(last.keys) <= 2 * ROWS else ROWS, ELEMENTS // (copies * p.keys)))
+        return min(ROWS // 2 if len(last.keys) <= 2 * ROWS else ROWS, room)
 
-    def block(self, rows: range) -> Block:
+    def blocks(self, rows: range) -> Iterator[Block]:
+        """The calls of some rows."""
         p = self.problem
         if self.whole:
-            return Block(range(p.batch), range(p.heads), rows, range(p.keys), True)
-        return p.block(range(p.batch), range(p.heads), rows)
+            yield Block(range(p.batch), range(p.heads), rows, range(p.keys), True)
+            return
+        batches, heads = (p.batch, p.heads) if self.layout is None else (self.layout.batches, self.layout.key_heads * p.group)
+        for b in range(0, p.batch, batches):
+            for h in range(0, p.heads, heads):
+                yield p.block(range(b, b + batches), range(h, h + heads), rows)
 
     def mask(self, block: Block) -> tuple[bool, Tensor | None]:
         """(whether the kernel means what the model means, the additive mask (b, h, R, C) of the block)."""
         p, plan = self.problem, self.problem.plan
         if self.whole:
             return True, None
-        if len(block.keys) < 2:  # torch 2.11's kernel wants to view a mask of one key, which cannot be viewed
+        if block.width < 2:  # torch 2.11's kernel wants to view a mask of one key, which cannot be viewed
             return False, None
         bias = None
         if self.form.bias is not None:
             bias = evaluate(self.form.bias, p.grid(block), p.loads, p.values, known=p.known(self.form.bias, block)).float()
         if (band := bands.product(p, block)) is not None:
             bias = band * self.form.scale if bias is None else band * self.form.scale + bias
+        if bias is None and not block.full and block.unsure is not None and plan.site.fill <= UNREACHABLE:
+            # all other columns are kept, so that no row is without keys
+            part = _masked(None, p.unsure(block, block.unsure))
+            mask = part.new_zeros((*part.shape[:-1], block.width))
+            mask[..., block.unsure] = part
+            while mask.dim() < 4:
+                mask = mask[None]
+            return True, mask.expand(*mask.shape[:2], len(block.rows), block.width)
         keep = p.keep(block)
         if keep is not None:
             if not self.certain and (plan.site.fill > UNREACHABLE or not bool(keep.any(-1).all())):
@@ -112,17 +141,17 @@ class Fused:
         if bias is not None:
             while bias.dim() < 4:
                 bias = bias[None]
-            bias = bias.expand(*bias.shape[:2], len(block.rows), len(block.keys))
+            bias = bias.expand(*bias.shape[:2], len(block.rows), block.width)
         return True, bias
 
     def forward(self, block: Block, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """O (B,H,R,D) and the natural LSE (B,H,R)."""
+        """O (B',H',R,D) and the natural LSE (B',H',R)."""
         q, k, v = self.tensors
-        rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
+        at, read = block.place, self.problem.read
         found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, :, rows],
-            k[:, :, keys],
-            v[:, :, keys],
+            q[at],
+            read(k, block),
+            read(v, block),
             0.0,
             self.whole and self.problem.plan.masked,
             attn_mask=mask,
@@ -133,13 +162,13 @@ class Fused:
     def backward(
         self, block: Block, mask: Tensor | None, grad_out: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq (B,H,R,D), and this block's parts of dk and dv (B,HK,C,D)."""
+        """dq (B',H',R,D), and this block's parts of dk and dv (B',HK',C,D)."""
         q, k, v = self.tensors
-        rows, keys = slice(block.rows.start, block.rows.stop), slice(block.keys.start, block.keys.stop)
-        grad = grad_out[:, :, rows]
+        at, read = block.place, self.problem.read
+        grad = grad_out[at]
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad if grad.stride(3) == 1 else grad.contiguous(), q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-            lse[:, :, rows], 0.0, self.whole and self.problem.plan.masked, attn_mask=mask, scale=self.form.scale,
+            grad if grad.stride(3) == 1 else grad.contiguous(), q[at], read(k, block), read(v, block), out[at],
+            lse[at], 0.0, self.whole and self.problem.plan.masked, attn_mask=mask, scale=self.form.scale,
         )  # fmt: skip
         return found
 

@@ -13,7 +13,7 @@ from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
-from attnfx.lowering.portable.forward import Result, dots, literal_logits, masked_logits
+from attnfx.lowering.portable.forward import Result, dots, literal_logits, masked_logits, parts
 
 
 def backward(
@@ -36,10 +36,8 @@ def backward(
     biases = [_new_sum(g, problem) for g in plan.gradients]
     own = grad_lse is not None or plan.site.band is not None or any(g.kind != "row" for g in plan.gradients)
     fused = None if problem.empty or own else Fused.of(problem)
-    for rows in fused.rows() if fused is not None else (range(problem.rows),) if not problem.empty else ():
-        if fused is None or not _fused(fused, rows, result, grad_out, sums):
-            for block in problem.blocks(rows):
-                _block(problem, block, result, grad_out, grad_lse, sums, biases)
+    for block in parts(problem, fused, lambda block: fused is not None and _fused(fused, block, result, grad_out, sums)):
+        _block(problem, block, result, grad_out, grad_lse, sums, biases)
     grads = [sums[0], sums[1].to(k.dtype), sums[2].to(v.dtype)]
     for gradient, total in zip(plan.gradients, biases, strict=True):
         if gradient.kind == "row":
@@ -58,17 +56,15 @@ def of_rows(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, dtype: torch
 Sums = tuple[Tensor, Tensor, Tensor]
 
 
-def _fused(fused: Fused, rows: range, result: Result, grad_out: Tensor, sums: Sums) -> bool:
-    """Some rows through torch's CPU kernel; False where it means something else by them."""
-    block = fused.block(rows)
+def _fused(fused: Fused, block: Block, result: Result, grad_out: Tensor, sums: Sums) -> bool:
+    """A block through torch's CPU kernel; False where it means something else by it."""
     same, mask = fused.mask(block)
     if not same:
         return False
     dq, dk, dv = fused.backward(block, mask, grad_out, result.out, result.lse)
-    keys = fused.problem.place_of_keys(block)
     sums[0][block.place] = dq
-    sums[1][keys] += dk
-    sums[2][keys] += dv
+    fused.problem.add(sums[1], dk, block)
+    fused.problem.add(sums[2], dv, block)
     return True
 
 
@@ -77,11 +73,11 @@ def _block(
 ) -> None:
     wide_grad = grad_out[block.place].to(problem.dtype)
     block, p, live, slope = _weights(problem, block, result)
-    place, stacked_grad = problem.place_of_keys(block), problem.stacked(wide_grad)
+    stacked_grad = problem.stacked(wide_grad)
     dweight = problem.unstacked(stacked_grad @ problem.keys_of(problem.v, block).transpose(-1, -2))
     scale = problem.factor(block)
     survived = p if scale is None else p * scale
-    sums[2][place] += problem.stacked(survived).transpose(-1, -2) @ stacked_grad
+    problem.add(sums[2], problem.stacked(survived).transpose(-1, -2) @ stacked_grad, block)
     dz = dweight if scale is None else dweight * scale
     # the sum of dO * O, from the same weights: where one key has all of a row, the difference is zero and not a rounding error
     delta = (dz * p).sum(-1, keepdim=True)
@@ -97,7 +93,7 @@ def _block(
     ds = problem.stacked(inner)
     grad_q, beside = problem.unstacked(ds @ problem.keys_of(problem.k, block)), bands.gradients(problem, block, inner, biases)
     sums[0][block.place] = (grad_q if beside is None else grad_q + beside).to(sums[0].dtype)
-    sums[1][place] += ds.transpose(-1, -2) @ problem.rows_of(problem.q, block)
+    problem.add(sums[1], ds.transpose(-1, -2) @ problem.rows_of(problem.q, block), block)
 
 
 def _weights(problem: Problem, block: Block, result: Result) -> tuple[Block, Tensor, Tensor | None, Tensor]:
@@ -140,19 +136,21 @@ def _over(gradient: BiasGradient, t: Tensor) -> Tensor:
 
 
 def _accumulate(gradient: BiasGradient, total: Tensor, dz: Tensor, block: Block, problem: Problem) -> None:
-    if gradient.kind in ("row", "left", "window") or not len(block.keys):
+    if gradient.kind in ("row", "left", "window") or not block.width:
         return
     b = slice(0, 1) if gradient.batch_broadcast else slice(block.batches.start, block.batches.stop)
     h = slice(0, 1) if gradient.head_broadcast else slice(block.heads.start, block.heads.stop)
-    part, keys = _over(gradient, dz), slice(block.keys.start, block.keys.stop)
-    if gradient.kind == "tile":
-        total[b, h, block.rows.start : block.rows.stop, keys] += part
-    elif gradient.kind == "column":
-        total[b, h, keys] += part.sum(-2)
-    else:
-        first = block.rows[0] - block.keys[-1] + problem.keys - 1
-        sums = diagonal_sums(part)
-        total[b, h, first : first + sums.shape[-1]] += sums
+    whole = _over(gradient, dz)
+    for columns, keys in block.pieces():
+        part, at = whole[..., columns], slice(keys.start, keys.stop)
+        if gradient.kind == "tile":
+            total[b, h, block.rows.start : block.rows.stop, at] += part
+        elif gradient.kind == "column":
+            total[b, h, at] += part.sum(-2)
+        else:
+            first = block.rows[0] - keys[-1] + problem.keys - 1
+            sums = diagonal_sums(part)
+            total[b, h, first : first + sums.shape[-1]] += sums
 
 
 def diagonal_sums(t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import sympy
@@ -16,7 +16,9 @@ from attnfx.expr import INDEX, Expr, Int, Load
 from attnfx.intervals import enclose
 from attnfx.lowering import blocks as lists
 from attnfx.lowering.plan import KernelPlan
+from attnfx.lowering.portable import picked as tiles
 from attnfx.lowering.portable.philox import dropout_scale
+from attnfx.lowering.portable.picked import Kept, Layout
 from attnfx.lowering.ranges import FIRST, LAST, Candidates
 from attnfx.tiling import Tiling, kinds
 
@@ -24,19 +26,40 @@ from attnfx.tiling import Tiling, kinds
 ELEMENTS = 1 << 20
 #: Rows of a block, where that many fit.
 ROWS = 128
-#: Rows and keys of the tiles that a mask without closed-form bounds is judged by.
-TILE = (64, 128)
+#: Rows of a block where tiles of keys are picked.
+STEPS = (ROWS // 2, ROWS)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of queries against a range of keys, for some batches and query heads. ``full``: every one of these keys is kept."""
+    """Rows of queries against a range of keys, for some batches and query heads. ``full``: every one of these keys is kept.
+
+    ``at`` (C,) are the positions of the keys that it reads, None for all of the range; ``unsure`` the columns of those that the
+    mask has to be asked about, None for all.
+    """
 
     batches: range
     heads: range
     rows: range
     keys: range
     full: bool
+    at: Tensor | None = None
+    unsure: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """C: how many keys it reads."""
+        return len(self.keys) if self.at is None else len(self.at)
+
+    def pieces(self) -> Iterator[tuple[slice, range]]:
+        """Its keys in runs of neighbours: (columns of the block, positions)."""
+        if self.at is None:
+            yield slice(None), self.keys
+            return
+        ends = [0, *((self.at.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(self.at)]
+        starts = self.at[torch.tensor(ends[:-1], device=self.at.device)].tolist() if len(self.at) else []
+        for first, past, start in zip(ends[:-1], ends[1:], starts, strict=True):
+            yield slice(first, past), range(start, start + past - first)
 
     @property
     def place(self) -> tuple[slice, slice, slice]:
@@ -97,50 +120,63 @@ class Problem:
     def oracle(self) -> torch.dtype | None:
         return torch.float64 if self.dtype == torch.float64 else None
 
-    def chunks(self) -> Iterator[tuple[range, range]]:
-        """(batches, query heads) that are worked on together, whole groups of heads."""
+    def chunks(self, batches: range, heads: range) -> Iterator[tuple[range, range]]:
+        """(batches, query heads) among those given that are worked on together, whole groups of heads."""
+        layout = self.layout(STEPS)
+        key_heads = min(len(heads) // self.group, layout.key_heads) if layout is not None else len(heads) // self.group
         room = max(1, ELEMENTS // (min(ROWS, self.rows) * self.keys * self.group))
-        if room >= self.k.shape[1]:
-            step = room // self.k.shape[1]
-            for b in range(0, self.batch, step):
-                yield range(b, min(b + step, self.batch)), range(self.heads)
+        if room >= key_heads and key_heads * self.group == len(heads):
+            step = room // key_heads if layout is None else min(room // key_heads, layout.batches)
+            for b in range(batches.start, batches.stop, step):
+                yield range(b, min(b + step, batches.stop)), heads
             return
-        for b in range(self.batch):
-            for h in range(0, self.heads, room * self.group):
-                yield range(b, b + 1), range(h, min(h + room * self.group, self.heads))
+        step = min(room, key_heads) * self.group
+        for b in batches:
+            for h in range(heads.start, heads.stop, step):
+                yield range(b, b + 1), range(h, min(h + step, heads.stop))
 
-    def blocks(self, rows: range) -> Iterator[Block]:
-        """All blocks of some rows, those of one chunk after another."""
-        for batches, heads in self.chunks():
-            step = max(1, min(ROWS, ELEMENTS // (len(batches) * len(heads) * self.keys)))
+    def blocks(self, rows: range, batches: range | None = None, heads: range | None = None) -> Iterator[Block]:
+        """All blocks of some rows (of some batches and heads), those of one chunk after another."""
+        if self.empty:
+            return
+        layout = self.layout(STEPS)
+        for b, h in self.chunks(batches or range(self.batch), heads or range(self.heads)):
+            step = max(1, min(ROWS if layout is None else layout.rows, ELEMENTS // (len(b) * len(h) * self.keys)))
             for first in range(rows.start, rows.stop, step):
-                yield self.block(batches, heads, range(first, min(first + step, rows.stop)))
+                yield self.block(b, h, range(first, min(first + step, rows.stop)))
 
     def block(self, batches: range, heads: range, rows: range) -> Block:
         keys, full = self._keys(rows)
-        return Block(
-            batches, heads, rows, keys if self.kept is None else self._kept_keys(self.kept, batches, heads, rows, keys), full
-        )
+        if self.kept is None:
+            return Block(batches, heads, rows, keys, full)
+        picked = self.kept.pick(batches, heads, rows, keys, self.plan.site.band is None)
+        full = full or (picked.unsure is not None and not len(picked.unsure))
+        return Block(batches, heads, rows, picked.keys, full, picked.at, picked.unsure)
 
     @cached_property
-    def kept(self) -> Tensor | None:
-        """Whether the mask may keep something of a tile, bool (B or 1, H or 1, tiles of TILE[0] rows, tiles of TILE[1] keys); None
-        where its bounds say as much."""
-        keep, few = self.plan.site.keep, self.keys < lists.KEYS or self.rows < TILE[0]
+    def kept(self) -> Kept | None:
+        """The tiles that the mask keeps something of; None where its bounds say as much."""
+        keep, few = self.plan.site.keep, self.keys < lists.KEYS or self.rows < tiles.ROWS
         if few or self.q.device.type != "cpu" or not lists.decidable(self.plan):
             return None
         batch, heads = (n if expr.depends_on(keep, name) else 1 for n, name in ((self.batch, "b"), (self.heads, "h")))
-        tiling = Tiling(batch, heads, self.rows, self.keys, *TILE)
-        return kinds(enclose(keep), tiling, self.loads, self.values, self.q.device)[1]
+        found = enclose(keep)
+        rows, columns = tiles.tile(found)
+        tiling = Tiling(batch, heads, self.rows, self.keys, rows, columns)
+        return Kept(*kinds(found, tiling, self.loads, self.values, self.q.device), columns)
 
-    def _kept_keys(self, kept: Tensor, batches: range, heads: range, rows: range, keys: range) -> range:
-        """The part of ``keys`` from the first tile to the last that any batch and head of the block keeps something of."""
-        runs = [slice(r.start, r.stop) if n > 1 else slice(None) for r, n in zip((batches, heads), kept.shape, strict=False)]
-        tiles = kept[(*runs, slice(rows.start // TILE[0], -(-rows.stop // TILE[0])))].flatten(0, 2).any(0).nonzero()
-        if not len(tiles):
-            return range(keys.start, keys.start)
-        lo = max(keys.start, int(tiles[0]) * TILE[1])
-        return range(lo, max(lo, min(keys.stop, (int(tiles[-1]) + 1) * TILE[1])))
+    def layout(self, steps: tuple[int, ...]) -> Layout | None:
+        """Which rows, batches and heads are worked on together; None without tiles."""
+        if self.kept is None:
+            return None
+        if steps not in self.layouts:
+            self.layouts[steps] = self.kept.layout(self.batch, self.heads, self.group, steps)
+        return self.layouts[steps]
+
+    @cached_property
+    def layouts(self) -> dict[tuple[int, ...], Layout]:
+        """Those chosen so far."""
+        return {}
 
     def _keys(self, rows: range) -> tuple[range, bool]:
         everything = range(self.keys)
@@ -165,7 +201,10 @@ class Problem:
         device = self.q.device
         axes = {"b": block.batches, "h": block.heads, "i": block.rows, "j": block.keys}
         shape = {"b": (-1, 1, 1, 1), "h": (-1, 1, 1), "i": (-1, 1), "j": (-1,)}
-        return {name: torch.arange(r.start, r.stop, device=device).view(shape[name]) for name, r in axes.items()}
+        at = {name: torch.arange(r.start, r.stop, device=device) for name, r in axes.items() if name != "j" or block.at is None}
+        if block.at is not None:
+            at["j"] = block.at
+        return {name: t.view(shape[name]) for name, t in at.items()}
 
     def rows_of(self, t: Tensor, block: Block) -> Tensor:
         """Rows of a (B,H,M,X) tensor in the working dtype, heads of one group stacked: (B',HK',G*R,X)."""
@@ -181,12 +220,27 @@ class Problem:
 
     def keys_of(self, t: Tensor, block: Block) -> Tensor:
         """The part of a (B,HK,N,X) tensor that a block meets, in the working dtype."""
-        return t[self.place_of_keys(block)].to(self.dtype)
+        return self.read(t, block).to(self.dtype)
+
+    def read(self, t: Tensor, block: Block) -> Tensor:
+        """The part of a (B,HK,N,X) tensor that a block meets: (B',HK',C,X)."""
+        found = t[self.place_of_keys(block)]
+        return found if block.at is None else found.index_select(2, block.at)
+
+    def add(self, total: Tensor, part: Tensor, block: Block) -> None:
+        """Adds what a block has, (B',HK',C,X), to a (B,HK,N,X) tensor. No key is met twice, so that no order decides."""
+        place = total[self.place_of_keys(block)]
+        if block.at is None:
+            place += part
+        else:
+            place[:, :, block.at] += part
 
     def place_of_keys(self, block: Block) -> tuple[slice, slice, slice]:
+        """Where the range of keys is in a (B,HK,N,X) tensor; all keys where positions say which."""
         g = self.group
         heads = slice(block.heads.start // g, block.heads.stop // g)
-        return slice(block.batches.start, block.batches.stop), heads, slice(block.keys.start, block.keys.stop)
+        keys = slice(block.keys.start, block.keys.stop) if block.at is None else slice(None)
+        return slice(block.batches.start, block.batches.stop), heads, keys
 
     def logits(self, block: Block, dot: Tensor) -> Tensor:
         """Natural logits (B',H',R,C) from raw dots, before the mask."""
@@ -208,7 +262,19 @@ class Problem:
         if block.full:
             return None
         e = self.plan.site.keep
+        if block.unsure is not None:
+            part = self.unsure(block, block.unsure)
+            whole = part.new_ones((*part.shape[:-1], block.width))
+            whole[..., block.unsure] = part
+            return whole
         return evaluate(e, self.grid(block), self.loads, self.values, known=self.known(e, block))
+
+    def unsure(self, block: Block, columns: Tensor) -> Tensor:
+        """The mask of some columns of a block."""
+        positions = torch.arange(block.keys.start, block.keys.stop, device=self.q.device) if block.at is None else block.at
+        found = self.keep(replace(block, full=False, at=positions[columns], unsure=None))
+        assert found is not None
+        return found
 
     def factor(self, block: Block) -> Tensor | None:
         """What multiplies the probabilities after the softmax, broadcastable to (B',H',R,C): weight and dropout; None for 1."""
@@ -239,14 +305,16 @@ class Problem:
         if self.oracle is not None and source.is_floating_point():
             source = source.to(self.oracle)
         if load.slot >= self.plan.given and self.plan.tables[load.slot - self.plan.given].relative:
-            return self._diagonals(source, block)
+            return self._diagonals(source, block) if block.at is None else None
         names = [next((n for n, s in INDEX.items() if isinstance(x, Int) and x.value == s), None) for x in load.indices]
         zero = [isinstance(x, Int) and x.value == 0 for x in load.indices]
         if not all(n or z for n, z in zip(names, zero, strict=True)) or len({n for n in names if n}) < len([n for n in names if n]):
             return None
-        runs = {"b": block.batches, "h": block.heads, "i": block.rows, "j": block.keys}
+        runs = {"b": block.batches, "h": block.heads, "i": block.rows, "j": block.keys if block.at is None else range(self.keys)}
         part = source[tuple(slice(runs[n].start, runs[n].stop) if n else 0 for n in names)]
         kept = [n for n in names if n]
+        if block.at is not None and "j" in kept:
+            part = part.index_select(kept.index("j"), block.at)
         part = part.permute([kept.index(n) for n in "bhij" if n in kept])
         return part[tuple(slice(None) if n in kept else None for n in "bhij")]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,16 +50,24 @@ def forward(
         result.lse.fill_(-math.inf)
         return result
     fused = Fused.of(problem)
-    for rows in fused.rows() if fused is not None else (range(problem.rows),):
-        if fused is None or not _fused(fused, rows, result):
-            for block in problem.blocks(rows):
-                _store(result, problem, block_weights(problem, block))
+    for block in parts(problem, fused, lambda whole: fused is not None and _fused(fused, whole, result)):
+        _store(result, problem, block_weights(problem, block))
     return result
 
 
-def _fused(fused: Fused, rows: range, result: Result) -> bool:
-    """Some rows through torch's CPU kernel; False where it means something else by them."""
-    block = fused.block(rows)
+def parts(problem: Problem, fused: Fused | None, done: Callable[[Block], bool]) -> Iterator[Block]:
+    """The blocks that are left to be worked on: those of the calls of torch's CPU kernel that are not ``done`` by it."""
+    if fused is None:
+        yield from problem.blocks(range(problem.rows))
+        return
+    for rows in fused.rows():
+        for whole in fused.blocks(rows):
+            if not done(whole):
+                yield from problem.blocks(whole.rows, whole.batches, whole.heads)
+
+
+def _fused(fused: Fused, block: Block, result: Result) -> bool:
+    """A block through torch's CPU kernel; False where it means something else by it."""
     same, mask = fused.mask(block)
     if not same:
         return False
