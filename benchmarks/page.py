@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import timing
 from benchmarks.figure import newest
 from benchmarks.machine import ROOT
 from benchmarks.models import RESULTS
@@ -24,6 +25,26 @@ This page is written by `python -m benchmarks.page` from `benchmarks/results`; e
 {machine}. Milliseconds of a call, and the peak memory in GB; *speed* is against torch.compile's default backend.
 
 ![Whole models under attnfx and under torch.compile's default backend](images/models.svg)
+
+"""
+_KERNELS = """
+## One attention on a GPU
+
+`python -m benchmarks.kernels`, bf16, {machine}.
+Milliseconds (of the call's CUDA graph where it takes less than one); *generated* is the Triton kernel, *attnfx* what
+`torch.compile` with attnfx runs, torch's own kernel where that is fastest. Both ratios are times as fast.
+
+"""
+_BIASES = """
+## Biases and masks on a GPU
+
+`python -m benchmarks.biases`, bf16, {machine}. Milliseconds, as above, and how many times as fast attnfx is.
+
+"""
+_DECODE = """
+## Decode steps on a GPU
+
+`python -m benchmarks.decode`, bf16, 32 query heads over 8 key heads of width 128, {machine}. Microseconds of the step's CUDA graph.
 
 """
 _CPU = """
@@ -45,10 +66,64 @@ def page() -> str:
     """The whole page as Markdown."""
     models = _read(newest())
     cpu = _read(max((RESULTS / "cpu").glob("*-fp32.json")))
-    text = _GPU.format(machine=_machine(models)) + _table(
-        ("model", "eager", "torch.compile", "attnfx", "speed", "memory"), _models(models)
-    )
-    return text + _CPU.format(machine=_machine(cpu)) + _table(("attention", "eager", "torch.compile", "attnfx", "speed"), _cpu(cpu))
+    kernels, biases = _read(_last("kernels")), _read(_last("biases"))
+    decode = [_read(path) for path in sorted((RESULTS / "decode").glob("*.json"))]
+    steps = {**decode[0], "results": [result for document in decode for result in document["results"]]}
+    return "".join((
+        _GPU.format(machine=_machine(models)),
+        _table(("model", "eager", "torch.compile", "attnfx", "speed", "memory"), _models(models)),
+        _KERNELS.format(machine=_machine(kernels)),
+        _table(("attention", "generated", "attnfx", "cuDNN", "flex", "generated / flex", "attnfx / cuDNN"), _kernels(kernels)),
+        _BIASES.format(machine=_machine(biases)),
+        _table(("attention", "attnfx", "flex", "SDPA", "torch.compile", "/ flex", "/ SDPA", "/ torch.compile"), _biases(biases)),
+        _DECODE.format(machine=_machine(steps)),
+        _table(("cache", "attnfx", "SDPA", "flex", "/ SDPA", "/ flex"), _decode(steps)),
+        _CPU.format(machine=_machine(cpu)),
+        _table(("attention", "eager", "torch.compile", "attnfx", "speed"), _cpu(cpu)),
+    ))  # fmt: skip
+
+
+def _last(folder: str) -> Path:
+    return max((RESULTS / folder).glob("*-h200.json"))
+
+
+def _kernels(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (row, *(_device(peers.get(p, {})) for p in ("generated", "chosen", "cudnn", "flex")),
+         _faster(peers, "flex", "generated"), _faster(peers, "cudnn", "chosen"))
+        for row, peers in _by_row(document).items()
+    ]  # fmt: skip
+
+
+def _biases(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    others = ("flex", "sdpa", "compiled")
+    return [
+        (row, *(_device(peers.get(p, {})) for p in ("attnfx", *others)), *(_faster(peers, p, "attnfx") for p in others))
+        for row, peers in _by_row(document).items()
+    ]  # fmt: skip
+
+
+def _decode(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = []
+    for row, peers in _by_row(document).items():
+        times = {peer: result["us"] for peer, result in peers.items() if "us" in result}
+        if "attnfx" in times:
+            faster = (f"{times[p] / times['attnfx']:.2f}x" if p in times else "-" for p in ("sdpa", "flex"))
+            rows.append((row, *(f"{times[p]:.1f}" if p in times else "failed" for p in ("attnfx", "sdpa", "flex")), *faster))
+    return rows
+
+
+def _device(result: dict[str, Any]) -> str:
+    """Milliseconds on the device: of the graph where launching would show."""
+    if "ms" not in result:
+        return "failed" if "error" in result else "-"
+    graph = result.get("graph_ms")
+    return f"{graph if graph is not None and result['ms'] < timing.SHORT else result['ms']:.3f}"
+
+
+def _faster(peers: dict[str, dict[str, Any]], peer: str, ours: str) -> str:
+    there = "ms" in peers.get(peer, {}) and "ms" in peers.get(ours, {})
+    return f"{timing.ratio(peers[peer], peers[ours]):.2f}x" if there else "-"
 
 
 def _models(document: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -80,7 +155,7 @@ def _by_row(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _ms(result: dict[str, Any]) -> str:
-    return f"{result['ms']:.2f}" if "ms" in result else "failed"
+    return f"{result['ms']:.2f}" if "ms" in result else "failed" if result else "-"
 
 
 def _machine(document: dict[str, Any]) -> str:
