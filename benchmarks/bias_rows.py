@@ -90,10 +90,10 @@ def alibi(kind: str, device: str, quick: bool) -> Case:
         return s - slopes[h] * (i - j).abs() if kind == "symmetric" else s + slopes[h] * (j - i)
 
     dense = bias(slopes)[None]
-    # the same softmax, and bfloat16 is fine where there is weight
-    dense = (dense - dense.amax(-1, keepdim=True)).to(torch.bfloat16)
     if kind == "causal":
         dense = dense.masked_fill(torch.ones(length, length, dtype=torch.bool, device=device).triu(1), float("-inf"))
+    # the same softmax, and bfloat16 is fine where there is weight
+    dense = (dense - dense.amax(-1, keepdim=True)).to(torch.bfloat16)
     flex = partial(_flex, score, (lambda b, h, i, j: i >= j) if kind == "causal" else None, length)
     return Case((q, k, v, slopes), eager, flex, sdpa)
 
