@@ -104,9 +104,9 @@ def distances(causal: bool, device: str, quick: bool) -> Case:
     batch, heads, length, width = _sizes(quick)
     q, k, v = _qkv(device, batch, heads, length, width)
     embedding = _noise(device, length if causal else 2 * length - 1, width)
-    at = torch.arange(length, device=device)
 
     def about(q: Tensor, embedding: Tensor) -> Tensor:
+        at = torch.arange(length, device=q.device)
         products = functional.pad(q @ embedding.transpose(0, 1), (1, 0))
         shifted = products.view(*q.shape[:2], products.shape[-1], length)[:, :, 1:]
         shifted = shifted if causal else shifted.reshape(*q.shape[:2], length, 2 * length - 1)[..., :length]

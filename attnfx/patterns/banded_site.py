@@ -11,7 +11,7 @@ from torch import fx
 
 from attnfx.band import Band
 from attnfx.expr import Expr
-from attnfx.facts import prove
+from attnfx.facts import Facts, prove
 from attnfx.mirror import Mirror
 from attnfx.patterns.axes import Axis, Extents, Operand
 from attnfx.patterns.bands import ROW, WIDTH, Found, Setting, banded
@@ -33,17 +33,26 @@ class Laid:
 
 
 def without_band(
-    z: Expr, made: Program, layout: Layout, extents: Extents, until: fx.Node, lifter: Callable[[], Lifter], dtype: torch.dtype
-) -> tuple[Expr, Found | None]:
-    """Logits ``z``, which ``made`` took apart, without their band, and the band; as they are where none of ``dtype`` was found."""
-    facts = prove(made.keep, extents.sizes[layout.i], extents.sizes[layout.j], extents.known)
+    z: Expr, separated: Callable[[Expr], Program], layout: Layout, extents: Extents, until: fx.Node, lifter: Callable[[], Lifter],
+    dtype: torch.dtype,
+) -> tuple[Expr, Found | None]:  # fmt: skip
+    """Logits ``z``, which ``separated`` takes apart, without their band, and the band; as they are where none of ``dtype`` was
+    found, or where a bound of the mask would go with it."""
+
+    def bounds(made: Program) -> Facts:
+        return prove(made.keep, extents.sizes[layout.i], extents.sizes[layout.j], extents.known)
+
+    made = separated(z)
+    facts = bounds(made)
     atoms = frozenset((*layout.batch, *layout.heads, *layout.groups))
     mirror = lifter().mirror
     setting = Setting(mirror, until, extents, layout.i, layout.j, atoms, facts, made.fill, made.additive, lifter)
     apart = banded(z, setting)
     if apart is None or any(narrowed(x.node.meta["val"].dtype, apart[1].dtype) != dtype for x in (apart[1].left, apart[1].right)):
         return z, None
-    return apart
+    left = separated(apart[0])
+    same = set(facts.delta_low) <= set(bounds(left).delta_low) and (left.fill, left.additive) == (made.fill, made.additive)
+    return apart if same else (z, None)
 
 
 def laid(

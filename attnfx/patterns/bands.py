@@ -156,8 +156,13 @@ def _readings(part: Expr, setting: Setting) -> Iterator[_Product]:
         before = expr.le(Int(sympy.expand(s.j - s.i - offset)), expr.integer(0))
         if _product(Region(s.i, s.j, ranges, offset, beyond=True).expression(part)) == 0.0:
             yield _Product(inside.load, expr.logical_and(inside.keep, before), inside.factor)
-        elif not s.additive or s.fill <= HOPELESS:
+        elif (not s.additive or s.fill <= HOPELESS) and not _masks(part):
             yield inside
+
+
+def _masks(part: Expr) -> bool:
+    """Whether a summand may hold the mask itself, which would go with it."""
+    return any(isinstance(n, Const) and n.dtype.is_floating_point and n.value <= HOPELESS for n in expr.walk(part))
 
 
 def _product(e: Expr) -> _Product | float | None:

@@ -330,7 +330,7 @@ class _Attempt:
 
         made, second, until = separated(z), None, self.candidate.output
         if self.reading == "band":
-            z, second = without_band(z, made, layout, self.extents, until, lambda: self.new_lifter(None), dtypes[0])
+            z, second = without_band(z, separated, layout, self.extents, until, lambda: self.new_lifter(None), dtypes[0])
             made = made if second is None else separated(z)
         sink, literal = (() if e is None else (e,) for e in (made.sink, made.literal))
         formulas, loads = numbered(self.mirror, self.candidate.output, made.score, made.keep, *sink, made.weight, *literal)

@@ -29,6 +29,13 @@ def padded(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
     return weighted(((q @ k.transpose(-1, -2) + about) * SCALE).masked_fill(later(n), -math.inf), v)
 
 
+def filled(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    """The causal mask stands in the second product alone, before it is added."""
+    n = q.shape[2]
+    about = functional.pad(q @ embedding.transpose(-1, -2), (1, 0)).view(*q.shape[:2], n + 1, n)[:, :, 1:]
+    return weighted((q @ k.transpose(-1, -2) + about.masked_fill(later(n), -math.inf)) * SCALE, v)
+
+
 def skewing(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """MusicTransformer-pytorch: what the skew would read from other queries is zero before, and the mask adds -1e9."""
     n = q.shape[2]
@@ -133,6 +140,7 @@ def heads(n: int, *table: int) -> tuple[tuple[int, ...], ...]:
 SPELLINGS = {
     "padded": Spelling(padded, lambda n: heads(n, n)),
     "padded, of each head": Spelling(padded, lambda n: heads(n, H, n)),
+    "filled": Spelling(filled, lambda n: heads(n, n)),
     "skewing": Spelling(skewing, lambda n: heads(n, n + 5)),
     "heads first": Spelling(heads_first, lambda n: heads(n, n + 5)),
     "with memory": Spelling(
