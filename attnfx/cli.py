@@ -91,7 +91,10 @@ def explain(
     ] = None,
     ptx: Annotated[
         str | None,
-        typer.Option(metavar="TARGET", help="With --kernels: also what they compile to, without a GPU: sm90, or sm90,gfx942."),
+        typer.Option(
+            metavar="TARGET",
+            help="With --kernels: also what they compile to, without a GPU: sm90, or sm90,gfx942. With --html: their registers.",
+        ),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="With --ptx: what lengths known only at run time are taken to be.")] = 4096,
     as_json: Json = False,
@@ -110,9 +113,12 @@ def explain(
 
     [bold]attnfx explain models:make_model --kernels kernels --ptx sm90[/bold] the kernels, compiled without a GPU.
     """
-    if ptx is not None and kernels is None:
-        problems.print("--ptx says for what the kernels are compiled; say where they go with --kernels DIR.", soft_wrap=True)
+    if ptx is not None and kernels is None and html is None:
+        problems.print(
+            "--ptx says for what the kernels are compiled; say where they go with --kernels DIR, or --html FILE.", soft_wrap=True
+        )
         raise typer.Exit(2)
+    targets = [target.strip() for target in (ptx or "").split(",") if target.strip()]
     import torch
 
     import attnfx
@@ -126,10 +132,10 @@ def explain(
         report = own_traceback(looked, lambda: model(*args, **kwargs))
     print(report.to_json() if as_json else report)
     if html is not None:
-        report.to_html(html)
+        with _progress("writing the page"):
+            report.to_html(html, targets, sample)
         problems.print(f"The report is in {html}.", markup=False, highlight=False)
     if kernels is not None:
-        targets = [target.strip() for target in (ptx or "").split(",") if target.strip()]
         with _progress("writing the kernels"):
             saved = report.save_kernels(kernels, targets, ptx=ptx is not None, sample=sample)
         for line in (*saved.without, f"{len(saved.files)} files of kernels are in {kernels}."):
