@@ -32,13 +32,13 @@ def two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.fixture
 def wrong_first_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """The causal attention is spliced with its keys in the place of its values."""
-    whole = backend._caller
+    whole = backend.caller
 
     def caller(splicer: Any, decision: Any, device: torch.device) -> Any:
         right = whole(splicer, decision, device)
         return (lambda q, k, v, loads: right(q, k, k, loads)) if decision.site.is_causal else right
 
-    monkeypatch.setattr(backend, "_caller", caller)
+    monkeypatch.setattr(backend, "caller", caller)
 
 
 def test_a_wrong_site_is_put_back_and_the_result_is_right(wrong_first_site: None) -> None:

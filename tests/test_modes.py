@@ -100,7 +100,7 @@ def test_autocast_around_a_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        *((backend, name) for name in ("capture", "expand_composites", "regions", "_caller")),
+        *((backend, name) for name in ("capture", "expand_composites", "regions", "caller")),
         *((Splicer, name) for name in ("splice", "prune")),
         (patterns, "match"),
     ],

@@ -14,7 +14,7 @@ from attnfx.expr import Expr
 from attnfx.facts import Facts, prove
 from attnfx.mirror import Mirror
 from attnfx.patterns.axes import Axis, Extents, Operand
-from attnfx.patterns.bands import ROW, WIDTH, Found, Setting, banded
+from attnfx.patterns.bands import ROW, WIDTH, Found, Setting, banded, hides
 from attnfx.patterns.candidate import Layout
 from attnfx.patterns.lift import Lifter
 from attnfx.patterns.program import Program, canonical, narrowed
@@ -51,7 +51,8 @@ def without_band(
     if apart is None or any(narrowed(x.node.meta["val"].dtype, apart[1].dtype) != dtype for x in (apart[1].left, apart[1].right)):
         return z, None
     left = separated(apart[0])
-    same = set(facts.delta_low) <= set(bounds(left).delta_low) and (left.fill, left.additive) == (made.fill, made.additive)
+    alike = (left.fill, left.additive) == (made.fill, made.additive) or hides(left.fill, left.additive)
+    same = not facts.delta_low or (alike and set(facts.delta_low) <= set(bounds(left).delta_low))
     return apart if same else (z, None)
 
 

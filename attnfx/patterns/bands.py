@@ -156,8 +156,13 @@ def _readings(part: Expr, setting: Setting) -> Iterator[_Product]:
         before = expr.le(Int(sympy.expand(s.j - s.i - offset)), expr.integer(0))
         if _product(Region(s.i, s.j, ranges, offset, beyond=True).expression(part)) == 0.0:
             yield _Product(inside.load, expr.logical_and(inside.keep, before), inside.factor)
-        elif (not s.additive or s.fill <= HOPELESS) and not _masks(part):
+        elif hides(s.fill, s.additive) and not _masks(part):
             yield inside
+
+
+def hides(fill: float, additive: bool) -> bool:
+    """Whether nothing is seen of a score where a mask has put its fill, or added it."""
+    return not additive or fill <= HOPELESS
 
 
 def _masks(part: Expr) -> bool:
