@@ -193,8 +193,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(value, tuple | list):
             return None
         holes = [(place, found) for place, item in enumerate(value) if (found := self._open(item)) is not None]
+        if not holes:
+            return None
+        closed = [*value]
+        for place, _ in holes:
+            closed[place] = None  # a tape that held a tensor would keep its memory for ever
         kind = type(value)
-        return partial(_filled, [*value], holes, getattr(kind, "_make", kind)) if holes else None
+        return partial(_filled, closed, holes, getattr(kind, "_make", kind))
 
 
 def _same(value: Any, values: Values) -> Any:

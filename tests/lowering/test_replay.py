@@ -1,5 +1,8 @@
 """What is remembered of a call, and what is not: torch operations alone, without kernels."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -131,3 +134,18 @@ def test_compiled_kernels_are_launched_again_with_all_arguments():
     assert ran == 3
     assert kernel.launched == [(7, 1, 1)] * 4
     assert all(torch.equal(x + 3, y) for x, y in zip(inputs, found, strict=True))
+
+
+def test_a_tape_holds_no_tensor():
+    made = []
+
+    def compute(x):
+        both = torch.cat([x, x + 1])
+        made.extend(map(weakref.ref, (x, both)))
+        return both * 2
+
+    for _ in range(5):
+        calls_of(compute, torch.randn(3, 4))
+    gc.collect()
+    assert len(made) == 6
+    assert not any(tensor() is not None for tensor in made)
