@@ -173,6 +173,8 @@ def _allowed(kernel: str, job: Job) -> int:
     """Bytes that the default configuration of a kernel may spill."""
     if job.program == BANDED:
         return suited(kernel, job.dtype, job.head_dim, job.head_dim, job.target).spills
+    if job.program in linear.PROGRAMS:
+        return linear.SPILLS.get(kernel, 0) if job.dtype == torch.bfloat16 else 0
     if kernel not in get_args(Kernel):
         # the literal ones are for rare rows; float32 keeps twice as many numbers
         return 1024 if kernel.endswith("literal") else 64 if kernel in SHORT and job.dtype == torch.float32 else 0

@@ -57,10 +57,12 @@ def square(site: AttentionSite, what: str) -> tuple[str, ...]:
 
 
 def linear(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, decay: Tensor | None = None, normalize: bool = False, eps: float = 0.0
-) -> Tensor:
-    """sum_j w v_j (B,H,M,DV), w = lam^(i-j) q_i.k_j over the keys that are seen; divided by sum_j w + eps to ``normalize``."""
-    out: Tensor = torch.ops.attnfx.linear_attention.default(query, key, value, decay, causal, normalize, eps)
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, decay: Tensor | None = None, normalize: bool = False, eps: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """sum_j w v_j (B,H,M,DV), w = scale lam^(i-j) q_i.k_j over the seen keys; divided by sum_j w + eps to ``normalize``."""
+    options = (causal, normalize, eps, None, None, "add", scale)
+    out: Tensor = torch.ops.attnfx.linear_attention.default(query, key, value, decay, *options)
     return out
 
 

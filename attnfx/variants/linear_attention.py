@@ -89,14 +89,16 @@ class LinearAttention(Variant):
         weights = self._weights(site) if self.path else (None, None)
         assert not isinstance(weights, str), weights
         held = [None if w is None else w.to(attend.device, site.dtype) for w in weights]
-        query, key = self._mapped(query, site, held[0], first=True), self._mapped(key, site, held[1], first=False)
+        query, key = self._mapped(query, site, held[0]), self._mapped(key, site, held[1])
         # autocast computes some of the maps in float32
         query, key = (torch.ops.aten.to.dtype(x, site.dtype) for x in (query, key))
-        return linear.linear(query, key, value, linear.is_causal(site), decay, self.normalize, self.eps if self.normalize else 0.0)
+        scale = site.scale if self.feature_map == "identity" and site.scale is not None else 1.0
+        eps = self.eps if self.normalize else 0.0
+        return linear.linear(query, key, value, linear.is_causal(site), decay, self.normalize, eps, scale)
 
-    def _mapped(self, x: Tensor, site: AttentionSite, weight: Tensor | None, first: bool) -> Tensor:
+    def _mapped(self, x: Tensor, site: AttentionSite, weight: Tensor | None) -> Tensor:
         if self.feature_map == "identity":
-            return x * site.scale if first and site.scale is not None else x
+            return x
         if self.feature_map == "taylor2":
             return features.taylor2(x * (site.scale or 1.0) ** 0.5, site.head_dim)
         if self.feature_map == "softmax_pair":

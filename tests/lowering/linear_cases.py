@@ -29,6 +29,8 @@ class Case:
     begun: bool = False
     batch: int = 2
     divisor: str = "add"
+    scale: float = 1.0
+    beside: bool = False  # the heads of a token lie beside each other
 
 
 CASES = [
@@ -41,6 +43,8 @@ CASES = [
     Case("no keys", 5, 0, causal=False, begun=True), Case("full, wide", 90, 333, 130, 33, causal=False, normalize=True),
     Case("at least", normalize=True, divisor="max"), Case("magnitude", decays=True, normalize=True, divisor="max_abs"),
     Case("magnitude, held", normalize=True, divisor="max_abs held"),
+    Case("scaled", scale=-0.3, begun=True, beside=True), Case("scaled, decay, normalised", decays=True, normalize=True, scale=2.5),
+    Case("scaled, full", causal=False, normalize=True, scale=0.25, beside=True), Case("scaled by nothing", scale=0.0, begun=True),
     Case("at least, full", 40, 60, causal=False, normalize=True, divisor="max", begun=True),
 ]  # fmt: skip
 
@@ -56,6 +60,9 @@ SMALL = [
     Case("wide", 33, 33, 40, 36, 1, 1, normalize=True, batch=1),
     Case("no queries", 0, 40, 8, 8, 2, causal=False, normalize=True), Case("no keys", 5, 0, causal=False, begun=True),
     Case("magnitude", 40, 40, 8, 8, 2, 1, decays=True, normalize=True, batch=1, divisor="max_abs"),
+    Case("scaled", 140, 140, 8, 8, 2, 2, decays=True, begun=True, batch=1, scale=-0.3, beside=True),
+    Case("scaled, normalised", 40, 40, 8, 24, 2, 1, normalize=True, begun=True, batch=1, scale=2.5, beside=True),
+    Case("scaled, full", 20, 30, 8, 8, 2, causal=False, normalize=True, batch=1, scale=0.25),
     Case("at least, held", 20, 30, 8, 8, 2, causal=False, normalize=True, batch=1, divisor="max held"),
 ]  # fmt: skip
 
@@ -66,7 +73,8 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, A
 
     def some(*shape: int, positive: bool = False) -> Tensor:
         made = torch.randn(shape, generator=g, dtype=torch.float64)
-        return (made.abs() + 0.1 if positive else made).to(device, dtype).requires_grad_()
+        made = (made.abs() + 0.1 if positive else made).to(device, dtype)
+        return (made.transpose(1, 2).contiguous().transpose(1, 2) if case.beside and made.dim() == 4 else made).requires_grad_()
 
     positive = case.normalize and case.divisor == "add"
     b, h, hk, d, e = case.batch, case.heads, case.key_heads, case.width, case.value_width
@@ -74,6 +82,7 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, A
         "query": some(b, h, case.queries, d, positive=positive), "key": some(b, hk, case.keys, d, positive=positive),
         "value": some(b, hk, case.keys, e), "causal": case.causal, "normalize": case.normalize,
         "eps": 0.0 if not case.normalize else 0.25 if positive else 2.0, "divisor": case.divisor,
+        "scale": case.scale,
     }  # fmt: skip
     if case.decays:
         made["decay"] = -torch.rand(h, generator=g).to(device) / 8
@@ -86,10 +95,10 @@ def operands(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, A
 
 def oracle(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, normalize: bool, eps: float, decay: Tensor | None = None,
-    state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add",
+    state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add", scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """O, the sums of the weights, the final state and its sums, from M x N weights in float64."""
-    q, k, v, M, N = query.double(), key.double(), value.double(), query.shape[2], key.shape[2]
+    q, k, v, M, N = query.double() * scale, key.double(), value.double(), query.shape[2], key.shape[2]
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     at = torch.arange(M, device=q.device)[:, None] + (N - M)

@@ -15,35 +15,35 @@ from attnfx.lowering.ops import _TAGS, LIBRARY
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? decay"
 _OPTIONS = "bool causal=True, bool normalize=False, float eps=0.0"
-_STATE = "Tensor? state=None, Tensor? state_sums=None, str divisor='add'"
+_STATE = "Tensor? state=None, Tensor? state_sums=None, str divisor='add', float scale=1.0"
 _RESULT = "Tensor out, Tensor sums, Tensor final_state, Tensor final_sums"
 _GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_state, Tensor? grad_state_sums"
 
 LIBRARY.define(f"linear_attention({_OPERANDS}=None, {_OPTIONS}, {_STATE}) -> Tensor")
 LIBRARY.define(f"linear_attention_states({_OPERANDS}=None, {_OPTIONS}, {_STATE}) -> ({_RESULT})")
 _CORE = f"{_OPERANDS}, Tensor? state, Tensor? state_sums"
-_PLAIN = "bool causal, bool normalize, float eps, str divisor"
+_PLAIN = "bool causal, bool normalize, float eps, str divisor, float scale"
 LIBRARY.define(f"linear({_CORE}, {_PLAIN}) -> ({_RESULT})", tags=_TAGS)
 LIBRARY.define(f"linear_backward({_CORE}, Tensor out, Tensor sums, {_GRADIENTS}, {_PLAIN}) -> Tensor[]", tags=_TAGS)
 
 
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, causal: bool = True, normalize: bool = False,
-    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add",
+    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add", scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): sum_j lam^(p(i)-j) (q_i . k_j) v_j over the keys that query i sees.
+    """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): scale sum_j lam^(p(i)-j) (q_i . k_j) v_j over the keys of query i.
 
     Feature maps come before. ``decay`` (H): log lam, a constant to gradients; it needs ``causal``, where query i stands at
     p(i) = i + N - M and sees j <= p(i). ``normalize`` divides by the sum l of the weights and ``eps``, or by another of
     ``DIVISORS``: "max" is max(l, eps), "max_abs" max(|l|, eps), and "max held" takes it for a constant. ``state`` (B,H,D,DV) and
     ``state_sums`` (B,H,D) stand for keys before the first. Raises ValueError for what does not fit.
     """
-    return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums, divisor)[0]
+    return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums, divisor, scale)[0]
 
 
 def linear_attention_states(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, causal: bool = True, normalize: bool = False,
-    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add",
+    eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add", scale: float = 1.0,
 ) -> portable.Result:  # fmt: skip
     """:func:`linear_attention`, the sums of the weights (B,H,M) without ``eps``, and the state behind the last key with its sums.
 
@@ -56,11 +56,12 @@ def linear_attention_states(
     if ahead:  # what all queries see is a state
         none = query[:, :, :0]
         before = torch.ops.attnfx.linear(
-            none, key[:, :, :ahead], value[:, :, :ahead], decay, state, state_sums, False, normalize, eps, divisor
+            none, key[:, :, :ahead], value[:, :, :ahead], decay, state, state_sums, False, normalize, eps, divisor, scale
         )
         state, state_sums = before[2], before[3] if normalize else None
         key, value = key[:, :, ahead:], value[:, :, ahead:]
-    return portable.Result(*torch.ops.attnfx.linear(query, key, value, decay, state, state_sums, causal, normalize, eps, divisor))
+    options = (causal, normalize, eps, divisor, scale)
+    return portable.Result(*torch.ops.attnfx.linear(query, key, value, decay, state, state_sums, *options))
 
 
 def _check(
@@ -98,45 +99,57 @@ def _has_kernel(q: Tensor) -> bool:
 
 def _linear(*args: Any) -> portable.Result:
     if not _has_kernel(args[0]):
-        return portable.forward(*args)
+        return _plain(*args)
     from attnfx.lowering import replay
     from attnfx.lowering.linear import kernels
 
-    *tensors, causal, normalize, eps, divisor = args
-    return replay.repeated(lambda: kernels.forward(*args), ("linear", causal, normalize, eps, divisor), tensors)
+    tensors, options = args[:6], args[6:]
+    return replay.repeated(lambda: kernels.forward(*args), ("linear", *options), tensors)
+
+
+def _plain(q: Tensor, *args: Any) -> portable.Result:
+    """In torch operations, the output laid as the kernels lay it."""
+    made = portable.forward(_scaled(q, args[-1]), *args[:-1])
+    return made._replace(out=portable.laid_like(q, made.out.shape[3], made.out.dtype).copy_(made.out))
+
+
+def _scaled(q: Tensor, scale: float) -> Tensor:
+    return q if scale == 1.0 else q * scale
 
 
 def _backward(*args: Any) -> list[Tensor]:
     if not _has_kernel(args[0]):
-        return portable.backward(*args)
+        q, *rest, scale = args
+        dq, *more = portable.backward(_scaled(q, scale), *rest)
+        return [_scaled(dq, scale), *more]
     from attnfx.lowering import replay
     from attnfx.lowering.linear import kernels
 
-    *tensors, causal, normalize, eps, divisor = args
-    return replay.repeated(lambda: kernels.backward(*args), ("linear backward", causal, normalize, eps, divisor), tensors)
+    tensors, options = args[:12], args[12:]
+    return replay.repeated(lambda: kernels.backward(*args), ("linear backward", *options), tensors)
 
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, sums: Tensor | None, causal: bool,
-    normalize: bool, eps: float, divisor: str,
+    normalize: bool, eps: float, divisor: str, scale: float,
 ) -> portable.Result:  # fmt: skip
     (batch, heads, m, d), dv, wide = q.shape, v.shape[3], portable.wide_of(q)
     rows, totals = ((batch, heads, m), (batch, heads, d)) if normalize else ((0,), (0,))
     return portable.Result(
-        v.new_empty((batch, heads, m, dv)), q.new_empty(rows, dtype=wide), q.new_empty((batch, heads, d, dv), dtype=wide),
+        portable.laid_like(q, dv, v.dtype), q.new_empty(rows, dtype=wide), q.new_empty((batch, heads, d, dv), dtype=wide),
         q.new_empty(totals, dtype=wide),
     )  # fmt: skip
 
 
 def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    normalize, wide = rest[-3], portable.wide_of(q)
+    normalize, wide = rest[-4], portable.wide_of(q)
     state = q.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=wide)
     sums = q.new_empty((*q.shape[:2], q.shape[3]) if normalize else (0,), dtype=wide)
-    return [*(t.new_empty(t.shape) for t in (q, k, v)), state, sums]
+    return [*(portable.laid_like(t, t.shape[3], t.dtype) for t in (q, k, v)), state, sums]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor = inputs
+    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale = inputs
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None), output[0], output[1])
     ctx.set_materialize_grads(False)
@@ -145,7 +158,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 4
+    nothing = (None,) * 5
     if all(g is None for g in grads):
         return (None,) * 6 + nothing
     *saved, out, sums = ctx.saved_tensors
@@ -153,15 +166,14 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = [next(stored) if given else None for given in ctx.given]
     grad_out, grad_sums, grad_state, grad_state_sums = grads
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    made = torch.ops.attnfx.linear_backward(
-        *tensors, out, sums, grad_out, grad_sums, grad_state, grad_state_sums, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor
-    )
+    options = (ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale)
+    made = torch.ops.attnfx.linear_backward(*tensors, out, sums, grad_out, grad_sums, grad_state, grad_state_sums, *options)
     states = [g.to(t.dtype) if t is not None else None for g, t in zip(made[3:], tensors[4:], strict=True)]
     return *made[:3], None, *states, *nothing
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor = inputs
+    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale = inputs
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
 
@@ -178,7 +190,8 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
         ]
         q, k, v, decay, state, state_sums = apart[:6]
-        results = portable.forward(q, k, v, decay, state, state_sums, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor)
+        options = (ctx.causal, ctx.normalize, ctx.eps, ctx.divisor)
+        results = portable.forward(_scaled(q, ctx.scale), k, v, decay, state, state_sums, *options)
         paired = [(r, g) for r, g in zip(results, apart[8:], strict=True) if g is not None and r.requires_grad]
         wanted = [(apart[n], g) for n, g in zip((0, 1, 2, 4, 5), grads, strict=True) if apart[n] is not None and g is not None]
         outputs, weights = [r for r, _ in paired], [g.to(r.dtype) for r, g in paired]
@@ -191,7 +204,7 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             found = torch.autograd.grad(outputs, [apart[n] for n in sources], weights, create_graph=again, allow_unused=True)
             for n, grad in zip(sources, found, strict=True):
                 second[n] = grad
-    return *second, None, None, None, None
+    return *second, None, None, None, None, None
 
 
 def _register() -> None:

@@ -110,7 +110,7 @@ def backward(
     groups = heads // key_heads
     S, z = _begun(q, v, state, state_sums, normalize)
     P, p = _begun(q, v, grad_state, grad_state_sums, normalize)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = (laid_like(t, t.shape[3], t.dtype) for t in (q, k, v))
     G, g = upstream(out, sums, grad_out, grad_sums, normalize, eps, divisor)
 
     def rows(c: _Chunk) -> tuple[Tensor, Tensor | None]:
@@ -196,6 +196,14 @@ def gradient_of_sums(delta: Tensor, r: Tensor, sums: Tensor, grad_sums: Tensor |
     return made if grad_sums is None else grad_sums + made
 
 
+def laid_like(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """An empty (B,H,S,``width``) with the heads of a token beside each other if ``x`` (B,H,S,D) has them so: as models go on."""
+    batch, heads, tokens, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((batch, tokens, heads, width), dtype=dtype).transpose(1, 2)
+    return x.new_empty((batch, heads, tokens, width), dtype=dtype)
+
+
 def wide_of(x: Tensor) -> torch.dtype:
     """The type that sums are made in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -204,10 +212,13 @@ def wide_of(x: Tensor) -> torch.dtype:
 def _begun(q: Tensor, v: Tensor, state: Tensor | None, sums: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
     """A state (B,H,D,DV) and its sums (B,H,D), zeros where none is given; no sums at all where nothing is normalised."""
     wide, (batch, heads, _, d) = wide_of(q), q.shape
-    begun = q.new_zeros((batch, heads, d, v.shape[3]), dtype=wide) if state is None else state.to(wide, copy=True)
-    if not normalize:
-        return begun, q.new_zeros((0,), dtype=wide)
-    return begun, q.new_zeros((batch, heads, d), dtype=wide) if sums is None else sums.to(wide, copy=True)
+
+    def copied(x: Tensor | None, *shape: int) -> Tensor:
+        made = q.new_zeros(shape, dtype=wide)
+        return made if x is None else made.copy_(x)
+
+    begun = copied(state, batch, heads, d, v.shape[3])
+    return begun, copied(sums, batch, heads, d) if normalize else q.new_zeros((0,), dtype=wide)
 
 
 def _chunks(tokens: int, decay: Tensor | None, like: Tensor) -> Iterator[_Chunk]:

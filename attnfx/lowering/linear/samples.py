@@ -13,9 +13,12 @@ from attnfx.lowering.linear import kernels
 PROGRAMS = {"linear, decay": (True, False), "linear, normalised": (True, True), "linear, full": (False, True)}
 #: The kernels of forward and backward.
 KERNELS = ("states", "states, back", "scan", "scan, back", "output", "query", "key", "value")
+#: Bytes that the walks may spill: with smaller states, which spill nothing, they read and multiply half as much again.
+SPILLS = {"output": 128, "query": 16, "key": 16, "value": 16}
 #: Program, dtype, and width of the features: heads, and second-order Taylor features of heads of 16 and 64.
 REPRESENTATIVE = (
-    ("linear, decay", torch.bfloat16, 64), ("linear, normalised", torch.bfloat16, 128), ("linear, full", torch.bfloat16, 64),
+    ("linear, decay", torch.bfloat16, 64), ("linear, decay", torch.bfloat16, 128),
+    ("linear, normalised", torch.bfloat16, 128), ("linear, full", torch.bfloat16, 64),
     ("linear, normalised", torch.bfloat16, 176), ("linear, normalised", torch.bfloat16, 2192),
     ("linear, decay", torch.float16, 128),
     ("linear, normalised", torch.float32, 64), ("linear, full", torch.float32, 176),

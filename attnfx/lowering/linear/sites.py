@@ -48,8 +48,10 @@ def linear_site(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tenso
         with torch.no_grad():
             heads = {"h": torch.arange(query.shape[1], device=query.device)}
             decay = evaluate(read.decay, heads, loads, values).expand(query.shape[1])
-    query, key = multiplied(query, read.rows, "i"), multiplied(key, read.columns, "j")
-    options = (read.causal, bool(read.divisor), read.eps, None, None, read.divisor or "add")
+    number = isinstance(read.rows, Const)
+    query, key = query if number else multiplied(query, read.rows, "i"), multiplied(key, read.columns, "j")
+    scale = float(read.rows.value) if isinstance(read.rows, Const) else 1.0
+    options = (read.causal, bool(read.divisor), read.eps, None, None, read.divisor or "add", scale)
     out: Tensor = torch.ops.attnfx.linear_attention.default(query, key, value, decay, *options)
     return out.to(dtype)
 

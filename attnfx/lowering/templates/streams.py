@@ -28,12 +28,12 @@ def column_stream(x, strides, b, h, offs_row, offs_dim, TMA: tl.constexpr):
 @triton.jit
 def row_tile(
     stream, start, row_ok, dim_ok, MASK_ROWS: tl.constexpr, MASK_DIM: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, first_dim=0,
 ):  # fmt: skip
-    """[ROWS, DIM] from row `start` on, zero outside where switched on."""
+    """[ROWS, DIM] from row `start` on, zero outside where switched on; `first_dim`, of a descriptor, pointers have in them."""
     source, step, b, h = stream
     if TMA:
-        tile = tl.reshape(source.load([b, h, tl.cast(start, tl.int32), 0]), (ROWS, DIM))
+        tile = tl.reshape(source.load([b, h, tl.cast(start, tl.int32), first_dim]), (ROWS, DIM))
     else:
         tile = load_tile(source + tl.cast(start, tl.int64) * step, row_ok, dim_ok, MASK_ROWS, MASK_DIM)
     return tile
