@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnfx.lowering.band_launch import suited
 from attnfx.lowering.checks import check
-from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, narrowed, opened, padded, relieved, target_of
+from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, narrowed, opened, padded, relieved, target_of, walked
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
@@ -131,6 +131,8 @@ class Call:
             usual = opened(usual, d, dv, target, program.loaded)
         if program.narrow and q.dtype != torch.float32:
             usual = narrowed(kernel, usual, d, dv, target)
+        if blocks is not None and kernel == "forward" and q.dtype != torch.float32:
+            usual = walked(usual, d, dv, target)
         if second:
             usual, square = suited(kernel, q.dtype, d, dv, target), True
         chosen = config or tuned(kernel, program.key, q, k, v, blocks is not None, dropout_p > 0.0)

@@ -113,6 +113,8 @@ LOADED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128:
 NARROW: dict[str, dict[Kernel, dict[int, Config]]] = {
     "sm90": {"query_gradient": {128: Config(64, 64, 4, 2)}, "key_gradient": {128: Config(32, 64, 4, 3, spills=320)}}
 }
+#: Forward in half precision over lists of tiles, by padded head dimension.
+LISTED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 64, 4, 2), 128: Config(128, 64, 4, 2, spills=320)}}
 # float32
 FULL: dict[str, Table] = {
     "sm90": Table(
@@ -178,6 +180,11 @@ def narrowed(kernel: Kernel, config: Config, head_dim: int, value_dim: int, targ
     return NARROW.get(target, {}).get(kernel, {}).get(max(padded(head_dim), padded(value_dim)), config)
 
 
+def walked(config: Config, head_dim: int, value_dim: int, target: str) -> Config:
+    """What runs forward in place of `config`, a default in half precision, over lists of tiles."""
+    return LISTED.get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
+
+
 def relieved(config: Config) -> Config:
     """`config` with blocks of at most 64 and its warps: a factor of the probabilities is one tile more in the registers. What
     already spilled gets half the rows and eight warps, and spills nothing."""
@@ -190,7 +197,7 @@ def listed(kernel: Kernel, config: Config, target: str) -> Config:
     own, walked = ("block_n", "block_m") if kernel == "key_gradient" else ("block_m", "block_n")
     chosen = replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
     # the ids of rows and keys stay in registers, too; AMD's four warps have 64 lanes each
-    large = chosen.block_m * chosen.block_n >= OWN * WALKED and target.startswith("sm")
+    large = chosen.block_m * chosen.block_n >= OWN * WALKED and target.startswith("sm") and not chosen.spills
     return replace(chosen, num_warps=8) if large else chosen
 
 
