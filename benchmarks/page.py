@@ -41,6 +41,13 @@ _BIASES = """
 `python -m benchmarks.biases`, bf16, {machine}. Milliseconds, as above, and how many times as fast attnfx is.
 
 """
+_VARIANTS = """
+## Variants of a policy on a GPU
+
+`python -m benchmarks.variants`, bf16, {machine}. Milliseconds, as above. *kept* is the share of the dense attention's pairs that a
+variant keeps, *of dense* its share of the time of our dense kernel; *fla* is flash-linear-attention's kernel.
+
+"""
 _DECODE = """
 ## Decode steps on a GPU
 
@@ -66,9 +73,7 @@ def page() -> str:
     """The whole page as Markdown."""
     models = _read(newest())
     cpu = _read(max((RESULTS / "cpu").glob("*-fp32.json")))
-    kernels, biases = _read(_last("kernels")), _read(_last("biases"))
-    decode = [_read(path) for path in sorted((RESULTS / "decode").glob("*.json"))]
-    steps = {**decode[0], "results": [result for document in decode for result in document["results"]]}
+    kernels, biases, variants, steps = (_merged(folder) for folder in ("kernels", "biases", "variants", "decode"))
     return "".join((
         _GPU.format(machine=_machine(models)),
         _table(("model", "eager", "torch.compile", "attnfx", "speed", "memory"), _models(models)),
@@ -76,6 +81,8 @@ def page() -> str:
         _table(("attention", "generated", "attnfx", "cuDNN", "flex", "generated / flex", "attnfx / cuDNN"), _kernels(kernels)),
         _BIASES.format(machine=_machine(biases)),
         _table(("attention", "attnfx", "flex", "SDPA", "torch.compile", "/ flex", "/ SDPA", "/ torch.compile"), _biases(biases)),
+        _VARIANTS.format(machine=_machine(variants)),
+        _table(("variant", "kept", "attnfx", "dense", "flex", "fla", "of dense", "/ flex", "/ fla"), _variants(variants)),
         _DECODE.format(machine=_machine(steps)),
         _table(("cache", "attnfx", "SDPA", "flex", "/ SDPA", "/ flex"), _decode(steps)),
         _CPU.format(machine=_machine(cpu)),
@@ -83,8 +90,15 @@ def page() -> str:
     ))  # fmt: skip
 
 
-def _last(folder: str) -> Path:
-    return max((RESULTS / folder).glob("*-h200.json"))
+def _merged(folder: str) -> dict[str, Any]:
+    """All results of a folder from the H200, of each row those of the latest file that has it; "commit" names all of them."""
+    documents = [_read(path) for path in sorted((RESULTS / folder).glob("*-h200*.json"), key=lambda path: path.stem)]
+    rows: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    for document in documents:
+        for row, peers in _by_row(document).items():
+            rows[row] = document["machine"]["commit"], list(peers.values())
+    machine = documents[-1]["machine"] | {"commit": ", ".join(dict.fromkeys(commit for commit, _ in rows.values()))}
+    return {**documents[-1], "machine": machine, "results": [result for _, results in rows.values() for result in results]}
 
 
 def _kernels(document: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -101,6 +115,19 @@ def _biases(document: dict[str, Any]) -> list[tuple[str, ...]]:
         (row, *(_device(peers.get(p, {})) for p in ("attnfx", *others)), *(_faster(peers, p, "attnfx") for p in others))
         for row, peers in _by_row(document).items()
     ]  # fmt: skip
+
+
+def _variants(document: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (row, _percent(peers["attnfx"].get("kept")), *(_device(peers.get(p, {})) for p in ("attnfx", "dense", "flex", "fla")),
+         _percent(timing.ratio(peers["attnfx"], peers["dense"]) if "ms" in peers.get("dense", {}) and "ms" in peers["attnfx"] else None),
+         *(_faster(peers, p, "attnfx") for p in ("flex", "fla")))
+        for row, peers in _by_row(document).items()
+    ]  # fmt: skip
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _decode(document: dict[str, Any]) -> list[tuple[str, ...]]:
