@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
@@ -19,6 +19,7 @@ from attnfx.rewrite import Splicer
 from attnfx.site import AttentionSite
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Variant
+from attnfx.variants.standing import Standing
 
 Family = Literal["flash", "portable"]
 
@@ -33,14 +34,22 @@ class Unplannable(Exception):
 
 @dataclass(frozen=True)
 class Composition:
-    """A variant made of several operations; ``plans`` of the attentions among them, in order."""
+    """A variant made of several operations; ``plans`` of the attentions among them, in order. ``stood``: its single query stands
+    where the model's mask says, by :mod:`attnfx.variants.standing`."""
 
     variant: Variant
     family: Family
     plans: tuple[KernelPlan, ...]
+    stood: AttentionSite | None = None
+
+    def compose(self, attend: Attend, *operands: Any) -> Any:
+        """The output, of tensors or of proxies."""
+        return self.variant.compose(attend if self.stood is None else Standing(attend, self.stood), *operands)
 
 
-def composed(variant: Variant, site: AttentionSite, family: Family) -> Composition | tuple[str, ...]:
+def composed(
+    variant: Variant, site: AttentionSite, family: Family, stood: AttentionSite | None = None
+) -> Composition | tuple[str, ...]:
     """What ``variant`` composes in place of ``site``, or why it cannot."""
     graph = fx.Graph()
     tracer = _Tracer(graph, lambda tensor: graph.create_node("get_attr", "held"))
@@ -55,11 +64,12 @@ def composed(variant: Variant, site: AttentionSite, family: Family) -> Compositi
     def number(size: sympy.Expr) -> Any:
         return int(size) if size.is_Integer else tracer.create_proxy("placeholder", str(size), (), {})
 
+    made = Composition(variant, family, (), stood)
     try:
-        variant.compose(_Traced(tracer, site, loads, torch.device(site.device), family, number, core), *operands)
+        made.compose(_Traced(tracer, site, loads, torch.device(site.device), family, number, core), *operands)
     except Unplannable as failure:
         return failure.reasons
-    return Composition(variant, family, tuple(planned))
+    return replace(made, plans=tuple(planned))
 
 
 def written(splicer: Splicer, made: Composition, site: AttentionSite, device: torch.device) -> Callable[..., fx.Node]:
@@ -78,7 +88,7 @@ def written(splicer: Splicer, made: Composition, site: AttentionSite, device: to
 
         proxies: list[Any] = [fx.Proxy(node, tracer) for node in (query, key, value)]
         side = [fx.Proxy(node, tracer) for node in loads]
-        out: Any = made.variant.compose(_Traced(tracer, site, side, device, made.family, number, core), *proxies)
+        out: Any = made.compose(_Traced(tracer, site, side, device, made.family, number, core), *proxies)
         return out.node  # type: ignore[no-any-return]
 
     return call

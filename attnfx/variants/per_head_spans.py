@@ -77,7 +77,7 @@ class PerHeadSpans(Variant):
         alpha, beta = (self._numbers(t, int(site.heads), site.origin.module).tolist() for t in (self.alpha, self.beta))
         span = sum(map(sympy.Rational, alpha)) + sum(map(sympy.Rational, beta)) * site.keys
         span = sympy.Max(span / site.heads, self.sinks + self.block)
-        width = span if site.facts.causal else 2 * span - self.sinks
+        width = span if positions.ordered(site) else 2 * span - self.sinks
         return sympy.Min(site.queries * width, super().pairs(site))
 
     def reference(

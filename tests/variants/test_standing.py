@@ -1,0 +1,158 @@
+"""A single query whose mask is data stands at the last key that the mask shows it: padding, a cache that is filled, `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from variant_cases import BATCH, HEADS, SCALE, WIDTH, site_of, tensors_of
+
+from attnfx import expr
+from attnfx.backend import attnfx, listeners
+from attnfx.composing import Composition, OnTensors
+from attnfx.expr import Expr
+from attnfx.policy import Policy, Rule
+from attnfx.report import Report
+from attnfx.site import AttentionSite, Origin, SideTensor
+from attnfx.variants import (
+    AShape,
+    DilatedWindow,
+    PerHead,
+    PerHeadSpans,
+    Sharded,
+    SlidingWindow,
+    StreamingHeads,
+    Strided,
+    Temperature,
+    standing,
+)
+from attnfx.variants.base import Example, Variant
+
+N, FILLED = 37, 30
+B, J = expr.index("b"), expr.index("j")
+VARIANTS = (
+    SlidingWindow(5), SlidingWindow(5, sinks=2), StreamingHeads((0.9, 0.1), sinks=2, recent=6), AShape(3, 6), Strided(4),
+    DilatedWindow(4), Temperature(0.1), Sharded(4, 2, 4), PerHead({"0-1": SlidingWindow(5)}),
+    PerHeadSpans((8, 9), (0.0, 0.0), block=1),
+)  # fmt: skip
+
+
+def masked(mask: Expr, *side: SideTensor, keys: sympy.Expr | int = N) -> AttentionSite:
+    site = site_of(Example(SlidingWindow(1), 1, N, causal=False), torch.float64).replace(keys=sympy.sympify(keys))
+    return site.replace(keep=mask, side=side, empty_rows="zero")
+
+
+def bools(*indices: Expr) -> Expr:
+    return expr.Load(0, indices, torch.bool)
+
+
+PLAIN = masked(bools(B, expr.integer(0), J), SideTensor((sympy.Integer(BATCH), sympy.Integer(1), sympy.Integer(N)), torch.bool))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+def test_padding_in_front_and_a_cache_that_is_not_full(variant: Variant) -> None:
+    """The first sequence is padded by four tokens, the cache of the second is filled up to 30 keys."""
+    real = torch.ones(BATCH, 1, N, dtype=torch.bool)
+    real[0, :, :4], real[1, :, FILLED:] = False, False
+    q, k, v = tensors_of(Example(variant, 1, N), torch.float64)
+    stood = standing.stood(PLAIN)
+    assert stood is not None
+    assert variant.objections(PLAIN)
+    assert variant.objections(stood) == ()
+    got = Composition(variant, "portable", (), stood).compose(OnTensors(PLAIN, (real,), q.device, "portable"), q, k, v)
+    padded = variant.reference(q[:1], k[:1], v[:1], SCALE, causal=True, keep=real[:1, None])
+    shorter = variant.reference(q[1:], k[1:, :, :FILLED], v[1:, :, :FILLED], SCALE, causal=True)
+    torch.testing.assert_close(got, torch.cat([padded, shorter]), rtol=1e-8, atol=1e-8)
+
+
+def test_masks_are_read_in_other_spellings() -> None:
+    """A mask of numbers, of all sequences at once, with a limit of its own: 4 <= j and not (mask[j] == 0)."""
+    mask = expr.logical_and(
+        expr.ne(expr.Load(0, (J + expr.integer(0),), torch.int64), expr.integer(0)), expr.le(expr.integer(4), J)
+    )
+    site, variant = masked(mask, SideTensor((sympy.Integer(N),), torch.int64)), SlidingWindow(5)
+    stood = standing.stood(site)
+    assert stood is not None
+    q, k, v = tensors_of(Example(variant, 1, N), torch.float64)
+    numbers = (torch.arange(N) < FILLED).long() * 7
+    got = Composition(variant, "portable", (), stood).compose(OnTensors(site, (numbers,), q.device, "portable"), q, k, v)
+    want = variant.reference(q, k[:, :, :FILLED], v[:, :, :FILLED], SCALE, causal=True)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        PLAIN.replace(queries=sympy.Integer(2)), PLAIN.replace(keep=expr.TRUE), PLAIN.replace(origin=Origin(relation="cross")),
+        PLAIN.replace(keep=bools(expr.index("h"), expr.integer(0), J)),
+        PLAIN.replace(keep=expr.lt(expr.call("exp", expr.cast(J, torch.float32)), expr.lift(2.0))),
+    ],
+    ids=["two queries", "no mask", "cross attention", "a mask for each head", "an operation that is not computed"],
+)  # fmt: skip
+def test_what_has_no_place(site: AttentionSite) -> None:
+    assert standing.stood(site) is None
+
+
+def generated(
+    variant: Variant | None, ids: torch.Tensor, mask: torch.Tensor, tokens: int = 4, **options: Any
+) -> tuple[torch.Tensor, list[Report]]:
+    """The scores of each step of a Llama, and a report for each graph; without a variant nothing is compiled."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=53, hidden_size=HEADS * WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    model, reports = LlamaForCausalLM(config).eval(), list[Report]()
+    token = listeners.set((reports.append,))
+    torch._dynamo.reset()
+    try:
+        rules = {"inner": "eager", "strict": True, "policy": Policy([Rule("*", variant)])}
+        if variant is not None:
+            model.forward = torch.compile(model.forward, backend=attnfx, options=rules)
+        with torch.no_grad():
+            made = model.generate(
+                ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, output_scores=True,
+                return_dict_in_generate=True, **options,
+            )  # fmt: skip
+    finally:
+        listeners.reset(token)
+    return torch.stack(made.scores), reports
+
+
+@pytest.fixture(scope="module")
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(1, 53, (2, 19), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def dense(prompts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return generated(None, *prompts)[0]
+
+
+def test_generate_in_a_window_steps_as_a_prefill_of_all_tokens_does(
+    prompts: tuple[torch.Tensor, torch.Tensor], dense: torch.Tensor
+) -> None:
+    variant, (ids, mask) = SlidingWindow(6, sinks=1), prompts
+    steps, reports = generated(variant, ids, mask)
+    assert len(reports) == 3  # a prefill, a step, and a step of any length
+    assert all(isinstance(site.variant, SlidingWindow) for report in reports for site in report.sites)
+    tokens = torch.cat([ids, steps.argmax(-1).T], 1)
+    longer = torch.cat([mask, torch.ones(2, steps.shape[0], dtype=mask.dtype)], 1)
+    whole, _ = generated(variant, tokens[:, :-1], longer[:, :-1], tokens=1)
+    torch.testing.assert_close(steps[-1], whole[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(dense[-1], steps[-1], atol=1e-2)
+
+
+def test_a_cache_of_a_fixed_length_is_no_longer_than_it_is_filled(
+    prompts: tuple[torch.Tensor, torch.Tensor], dense: torch.Tensor
+) -> None:
+    steps, reports = generated(SlidingWindow(6, sinks=1), *prompts, tokens=2, cache_implementation="static", disable_compile=True)
+    assert [type(report.sites[0].variant) for report in reports] == [type(None), SlidingWindow]
+    torch.testing.assert_close(steps[0], dense[0], rtol=1e-4, atol=1e-4)  # the mask of its prefill is data, and stays
+    assert not torch.allclose(steps[1], dense[1], atol=1e-2)
