@@ -48,7 +48,7 @@ class BlockTopK(Variant):
         )  # fmt: skip
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return selection.objections(site)
+        return selection.objections(site, growing=True)
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class BlockTopK(Variant):
         group = int(site.heads) // int(site.key_heads)
         first = torch.ops.aten.slice.Tensor(query, 2, 0, 2**63 - 1, self.query_block)
         shared = torch.mean(torch.unflatten(selection.wide(first), 1, (int(site.key_heads), group)), 2)
-        means = selection.pooled(selection.wide(key), site.keys, self.page)
+        means = selection.pooled(attend, selection.wide(key), site.keys, self.page)
         scores = torch.repeat_interleave(torch.matmul(shared, torch.transpose(means, 2, 3)), group, 1)
         table = selection.chosen(attend, scores, self.top, self._size, self.sinks, self.window)
         return attend(selection.masked(site, self._size), query, key, value, [table])

@@ -12,16 +12,19 @@ from variant_cases import BATCH, HEADS, SCALE, WIDTH, site_of, tensors_of
 
 from attnfx import expr
 from attnfx.backend import attnfx, listeners
-from attnfx.composing import Composition, OnTensors
+from attnfx.composing import Composition, OnTensors, composed
 from attnfx.expr import Expr
 from attnfx.policy import Policy, Rule
 from attnfx.report import Report
 from attnfx.site import AttentionSite, Origin, SideTensor
 from attnfx.variants import (
     AShape,
+    BlockTopK,
     DilatedWindow,
+    HierarchicalTopK,
     PerHead,
     PerHeadSpans,
+    PooledBlocks,
     Sharded,
     SlidingWindow,
     StreamingHeads,
@@ -38,6 +41,7 @@ VARIANTS = (
     DilatedWindow(4), Temperature(0.1), Sharded(4, 2, 4), PerHead({"0-1": SlidingWindow(5)}),
     PerHeadSpans((8, 9), (0.0, 0.0), block=1),
 )  # fmt: skip
+CHOSEN = (BlockTopK(2, 4), BlockTopK(1, 5, sinks=0, window=6), PooledBlocks(2, 4), HierarchicalTopK(8, 4, 4, 1, 3))
 
 
 def masked(mask: Expr, *side: SideTensor, keys: sympy.Expr | int = N) -> AttentionSite:
@@ -52,7 +56,7 @@ def bools(*indices: Expr) -> Expr:
 PLAIN = masked(bools(B, expr.integer(0), J), SideTensor((sympy.Integer(BATCH), sympy.Integer(1), sympy.Integer(N)), torch.bool))
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+@pytest.mark.parametrize("variant", [*VARIANTS, *CHOSEN], ids=repr)
 def test_padding_in_front_and_a_cache_that_is_not_full(variant: Variant) -> None:
     """The first sequence is padded by four tokens, the cache of the second is filled up to 30 keys."""
     real = torch.ones(BATCH, 1, N, dtype=torch.bool)
@@ -66,6 +70,23 @@ def test_padding_in_front_and_a_cache_that_is_not_full(variant: Variant) -> None
     padded = variant.reference(q[:1], k[:1], v[:1], SCALE, causal=True, keep=real[:1, None])
     shorter = variant.reference(q[1:], k[1:, :, :FILLED], v[1:, :, :FILLED], SCALE, causal=True)
     torch.testing.assert_close(got, torch.cat([padded, shorter]), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", CHOSEN[:3], ids=repr)
+@pytest.mark.parametrize("padded", [True, False])
+def test_blocks_are_chosen_among_keys_whose_number_changes(variant: Variant, padded: bool) -> None:
+    """Fewer blocks than are to be chosen among them: one compile serves all lengths."""
+    size = sympy.Symbol("s0", integer=True, positive=True)
+    mask, side = bools(B, expr.integer(0), J), SideTensor((sympy.Integer(BATCH), sympy.Integer(1), size), torch.bool)
+    plain = masked(mask, side, keys=size) if padded else masked(expr.TRUE, keys=size)
+    plain = plain.replace(ranges_low=((size, sympy.Integer(2)),))
+    made = composed(variant, plain, "portable", standing.stood(plain))
+    assert isinstance(made, Composition)
+    for length in (3, 9, N):
+        q, k, v = tensors_of(Example(variant, 1, length), torch.float64)
+        real = [torch.ones(BATCH, 1, length, dtype=torch.bool)] if padded else []
+        got = made.compose(OnTensors(plain, real, q.device, "portable", {size: length}), q, k, v)
+        torch.testing.assert_close(got, variant.reference(q, k, v, SCALE, causal=True), rtol=1e-8, atol=1e-8)
 
 
 def test_masks_are_read_in_other_spellings() -> None:
@@ -135,13 +156,14 @@ def dense(prompts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return generated(None, *prompts)[0]
 
 
-def test_generate_in_a_window_steps_as_a_prefill_of_all_tokens_does(
-    prompts: tuple[torch.Tensor, torch.Tensor], dense: torch.Tensor
+@pytest.mark.parametrize("variant", [SlidingWindow(6, sinks=1), BlockTopK(2, 3, sinks=1, query_block=1)], ids=repr)
+def test_steps_of_generate_are_a_prefill_of_all_tokens(
+    variant: Variant, prompts: tuple[torch.Tensor, torch.Tensor], dense: torch.Tensor
 ) -> None:
-    variant, (ids, mask) = SlidingWindow(6, sinks=1), prompts
+    ids, mask = prompts
     steps, reports = generated(variant, ids, mask)
     assert len(reports) == 3  # a prefill, a step, and a step of any length
-    assert all(isinstance(site.variant, SlidingWindow) for report in reports for site in report.sites)
+    assert all(type(site.variant) is type(variant) for report in reports for site in report.sites)
     tokens = torch.cat([ids, steps.argmax(-1).T], 1)
     longer = torch.cat([mask, torch.ones(2, steps.shape[0], dtype=mask.dtype)], 1)
     whole, _ = generated(variant, tokens[:, :-1], longer[:, :-1], tokens=1)
