@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load
-from attnfx.nodes import walk
+from attnfx.nodes import depends_on, walk
 from attnfx.variants.attend import Attend
 
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -23,6 +23,11 @@ _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
 def readable(keep: Expr) -> bool:
     """Whether :func:`kept` computes it: elements of tensors, whole numbers and constants, compared and joined."""
     return all(map(_known, walk(keep)))
+
+
+def of_keys(keep: Expr) -> bool:
+    """Whether it is readable, and the same for all queries and heads."""
+    return readable(keep) and not depends_on(keep, "h", "i")
 
 
 def _known(node: Expr) -> bool:

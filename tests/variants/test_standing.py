@@ -22,6 +22,7 @@ from attnfx.variants import (
     BlockTopK,
     DilatedWindow,
     HierarchicalTopK,
+    LinearAttention,
     PerHead,
     PerHeadSpans,
     PooledBlocks,
@@ -156,7 +157,9 @@ def dense(prompts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return generated(None, *prompts)[0]
 
 
-@pytest.mark.parametrize("variant", [SlidingWindow(6, sinks=1), BlockTopK(2, 3, sinks=1, query_block=1)], ids=repr)
+@pytest.mark.parametrize(
+    "variant", [SlidingWindow(6, sinks=1), BlockTopK(2, 3, sinks=1, query_block=1), LinearAttention()], ids=repr
+)
 def test_steps_of_generate_are_a_prefill_of_all_tokens(
     variant: Variant, prompts: tuple[torch.Tensor, torch.Tensor], dense: torch.Tensor
 ) -> None:
