@@ -138,7 +138,7 @@ def _by_variant(site: AttentionSite, rule: Rule, variant: Variant, known: Known 
         stood = standing.stood(site)
         if stood is None or variant.objections(stood):
             return reasons
-    made = _made(site, variant, known) if stood is None else composed(variant, site, family(site), stood)
+    made = _made(site, variant, known) if stood is None else composed(variant, site, family(site), stood, known)
     if isinstance(made, Exact):
         exact = _exact(site)
         reason = f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}"
@@ -172,7 +172,7 @@ def _made(
         return low_rank(site, variant, None if known is None else known.values)
     if isinstance(variant, NeuralBias):
         return neural(site, variant, known)
-    return composed(variant, site, family(site)) if variant.is_composed() else variant.apply(site)
+    return composed(variant, site, family(site), None, known) if variant.is_composed() else variant.apply(site)
 
 
 def _exact(site: AttentionSite) -> Decision:

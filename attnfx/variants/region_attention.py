@@ -46,8 +46,7 @@ class RegionAttention(Variant):
             return (str(error),)
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        site, ids = same_id.kept(attend.site, same_id.numbers(self.regions))
-        return attend(site, query, key, value, more=[ids])
+        return attend(same_id.kept(attend.site), query, key, value, more=[same_id.table(same_id.numbers(self.regions))])
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         """Those of the mean query."""
