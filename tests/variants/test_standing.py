@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import sympy
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from variant_cases import BATCH, HEADS, SCALE, WIDTH, site_of, tensors_of
+from generating import generated
+from variant_cases import BATCH, SCALE, site_of, tensors_of
 
 from attnfx import expr
-from attnfx.backend import attnfx, listeners
 from attnfx.composing import Composition, OnTensors, composed
 from attnfx.expr import Expr
-from attnfx.policy import Policy, Rule
-from attnfx.report import Report
 from attnfx.site import AttentionSite, Origin, SideTensor
 from attnfx.variants import (
     AShape,
@@ -116,32 +111,6 @@ def test_masks_are_read_in_other_spellings() -> None:
 )  # fmt: skip
 def test_what_has_no_place(site: AttentionSite) -> None:
     assert standing.stood(site) is None
-
-
-def generated(
-    variant: Variant | None, ids: torch.Tensor, mask: torch.Tensor, tokens: int = 4, **options: Any
-) -> tuple[torch.Tensor, list[Report]]:
-    """The scores of each step of a Llama, and a report for each graph; without a variant nothing is compiled."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=53, hidden_size=HEADS * WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=HEADS,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    model, reports = LlamaForCausalLM(config).eval(), list[Report]()
-    token = listeners.set((reports.append,))
-    torch._dynamo.reset()
-    try:
-        rules = {"inner": "eager", "strict": True, "policy": Policy([Rule("*", variant)])}
-        if variant is not None:
-            model.forward = torch.compile(model.forward, backend=attnfx, options=rules)
-        with torch.no_grad():
-            made = model.generate(
-                ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, output_scores=True,
-                return_dict_in_generate=True, **options,
-            )  # fmt: skip
-    finally:
-        listeners.reset(token)
-    return torch.stack(made.scores), reports
 
 
 @pytest.fixture(scope="module")
