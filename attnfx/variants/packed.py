@@ -68,13 +68,16 @@ class Packed(Variant):
         return found
 
     def inside(self, site: AttentionSite) -> sympy.Expr:
-        """Pairs of tokens of one document for the mean query, as many times as there are queries; all pairs where the documents
-        are known only when the model is called."""
+        """Pairs of tokens of one document; all pairs where the documents are known only when the model is called. Of a number of
+        queries that is not known those of the mean token."""
         if self.named:
             return base.pairs(site)
-        sizes = [b - a for a, b in pairwise((0, *self.ends()))]
-        total = sum(n * (n + 1) // 2 if site.facts.causal else n * n for n in sizes)
-        return site.queries * sympy.Rational(total, self.ends()[-1])
+        count = self.ends()[-1]
+        total, first = 0, count - int(site.queries) if site.queries.is_Integer else 0  # the last tokens are the queries
+        for a, b in pairwise((0, *self.ends())):
+            rows = range(max(a, first), b)
+            total += sum(i + 1 - a for i in rows) if positions.ordered(site) else len(rows) * (b - a)
+        return sympy.Integer(total) if site.queries.is_Integer else site.queries * sympy.Rational(total, count)
 
     def blocks(self, queries: int, device: torch.device) -> Tensor:
         """The dense mask of documents, (M, N): squares on the diagonal, of which the last rows are the queries'."""
