@@ -136,7 +136,8 @@ def _by_variant(site: AttentionSite, rule: Rule, variant: Variant, known: Known 
     stood = None
     if reasons := variant.objections(site):
         stood = standing.stood(site)
-        if stood is None or variant.objections(stood):
+        of_values = isinstance(variant, LowRankBias | NeuralBias)  # which are not computed by a composition
+        if stood is None or of_values or variant.objections(stood):
             return reasons
     made = _made(site, variant, known) if stood is None else composed(variant, site, family(site), stood, known)
     if isinstance(made, Exact):
