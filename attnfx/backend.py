@@ -29,6 +29,7 @@ from attnfx.inner import compile_inner
 from attnfx.levels import closed, forward_mode, mapped
 from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.mirror import Mirror
+from attnfx.model_inputs import described
 from attnfx.nodes import Load
 from attnfx.options import Options
 from attnfx.origin import module_path, origin_of, source_line
@@ -43,7 +44,7 @@ from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
 from attnfx.searching import request_searches
-from attnfx.site import Origin
+from attnfx.site import Origin, SideTensor
 from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks, unnamed
 
 #: Where reports of compiles go while somebody is listening.
@@ -267,7 +268,10 @@ def _decided(
         def size(e: sympy.Expr) -> Any:
             return guarded(mirror, constants.gm.graph, e)
 
-        known = Known(values if constants.tables is not None else None, pair, size)
+        def given(name: str) -> SideTensor | str:
+            return "It is in a region of its own, which knows no names." if inside else described(constants.gm.graph, mirror, name)
+
+        known = Known(values if constants.tables is not None else None, pair, size, given)
         return decide(match.site.replace(origin=origin), policy, known)
 
     try:

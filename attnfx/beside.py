@@ -15,7 +15,7 @@ from attnfx.evaluate import evaluate
 from attnfx.expr import Call, Expr, Load, Score
 from attnfx.nodes import has_score
 from attnfx.pair_network import PairNetwork
-from attnfx.site import AttentionSite
+from attnfx.site import AttentionSite, SideTensor
 
 #: The values of a side tensor by its slot, or why they are not known.
 Values = Callable[[int], Tensor | str]
@@ -33,11 +33,13 @@ class Pair(Protocol):
 @dataclass(frozen=True)
 class Known:
     """What a graph tells of a site's side tensors, by slot: their values (None where nothing guards them), or the pair
-    representation behind an element of one; sentences where it does not. ``size``: a size as a number that may be compared."""
+    representation behind an element of one; sentences where it does not. ``size``: a size as a number that may be compared;
+    ``given``: what is known of an input of the model, by its name."""
 
     values: Values | None
     pair: Callable[[Load], Pair | str]
     size: Callable[[sympy.Expr], Any] | None = None
+    given: Callable[[str], SideTensor | str] | None = None
 
 
 @dataclass(frozen=True, eq=False)

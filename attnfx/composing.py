@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy
 import torch
 from torch import Tensor, fx
 
+from attnfx.beside import Known
 from attnfx.evaluate import integer
 from attnfx.laid_beside import held
 from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.model_inputs import placeholder
 from attnfx.nodes import Load, walk
 from attnfx.rewrite import Splicer
-from attnfx.site import AttentionSite
+from attnfx.site import AttentionSite, SideTensor
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Variant
+from attnfx.variants.standing import Standing
 
 Family = Literal["flash", "portable"]
 
@@ -33,15 +36,23 @@ class Unplannable(Exception):
 
 @dataclass(frozen=True)
 class Composition:
-    """A variant made of several operations; ``plans`` of the attentions among them, in order."""
+    """A variant made of several operations; ``plans`` of the attentions among them, in order. ``stood``: its single query stands
+    where the model's mask says, by :mod:`attnfx.variants.standing`."""
 
     variant: Variant
     family: Family
     plans: tuple[KernelPlan, ...]
+    stood: AttentionSite | None = None
+
+    def compose(self, attend: Attend, *operands: Any) -> Any:
+        """The output, of tensors or of proxies."""
+        return self.variant.compose(attend if self.stood is None else Standing(attend, self.stood), *operands)
 
 
-def composed(variant: Variant, site: AttentionSite, family: Family) -> Composition | tuple[str, ...]:
-    """What ``variant`` composes in place of ``site``, or why it cannot."""
+def composed(
+    variant: Variant, site: AttentionSite, family: Family, stood: AttentionSite | None = None, known: Known | None = None
+) -> Composition | tuple[str, ...]:
+    """What ``variant`` composes in place of ``site``, or why it cannot. ``known``: what the graph tells, its inputs by name."""
     graph = fx.Graph()
     tracer = _Tracer(graph, lambda tensor: graph.create_node("get_attr", "held"))
     operands: list[Any] = [fx.Proxy(graph.placeholder(name), tracer) for name in ("query", "key", "value")]
@@ -55,11 +66,18 @@ def composed(variant: Variant, site: AttentionSite, family: Family) -> Compositi
     def number(size: sympy.Expr) -> Any:
         return int(size) if size.is_Integer else tracer.create_proxy("placeholder", str(size), (), {})
 
+    def given(name: str) -> Any:
+        found = "The inputs of the model are not known here." if known is None or known.given is None else known.given(name)
+        if isinstance(found, str) or (found := _misfit(site, found, name)):
+            raise Unplannable((str(found),))
+        return tracer.create_proxy("placeholder", name, (), {})
+
+    made = Composition(variant, family, (), stood)
     try:
-        variant.compose(_Traced(tracer, site, loads, torch.device(site.device), family, number, core), *operands)
+        made.compose(_Traced(tracer, site, loads, torch.device(site.device), family, number, core, given), *operands)
     except Unplannable as failure:
         return failure.reasons
-    return Composition(variant, family, tuple(planned))
+    return replace(made, plans=tuple(planned))
 
 
 def written(splicer: Splicer, made: Composition, site: AttentionSite, device: torch.device) -> Callable[..., fx.Node]:
@@ -76,9 +94,15 @@ def written(splicer: Splicer, made: Composition, site: AttentionSite, device: to
             found = splicer.number(size)
             return found if isinstance(found, int) else fx.Proxy(found, tracer)
 
+        def given(name: str) -> Any:
+            node = placeholder(splicer.graph, name)
+            assert isinstance(node, fx.Node), node
+            value = splicer.mirror.value[node]
+            return fx.Proxy(splicer.held(value, value), tracer)
+
         proxies: list[Any] = [fx.Proxy(node, tracer) for node in (query, key, value)]
         side = [fx.Proxy(node, tracer) for node in loads]
-        out: Any = made.variant.compose(_Traced(tracer, site, side, device, made.family, number, core), *proxies)
+        out: Any = made.compose(_Traced(tracer, site, side, device, made.family, number, core, given), *proxies)
         return out.node  # type: ignore[no-any-return]
 
     return call
@@ -112,11 +136,12 @@ class OnTensors(Attend):
 
     def __init__(
         self, site: AttentionSite, loads: Sequence[Tensor], device: torch.device, family: Family,
-        values: dict[sympy.Symbol, int] | None = None,
+        values: dict[sympy.Symbol, int] | None = None, inputs: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         import attnfx.lowering.ops  # noqa: F401 - registers the operators
 
         self.site, self.loads, self.device, self.family, self.values = site, tuple(loads), device, family, values or {}
+        self.inputs = inputs or {}
 
     def __call__(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
         return self._run(torch.ops.attnfx.attention, site, query, key, value, more)  # type: ignore[no-any-return]
@@ -132,6 +157,9 @@ class OnTensors(Attend):
         sizes = [self.values[s] for s in plan.symbols]
         return operator(query, key, value, [*self.loads, *(t.to(self.device) for t in more)], sizes, plan.to_json())
 
+    def given(self, name: str) -> Tensor:
+        return self.inputs[name]
+
     def number(self, size: sympy.Expr | int) -> int:
         return int(integer(sympy.sympify(size), self.values))
 
@@ -146,14 +174,14 @@ class OnTensors(Attend):
 
 
 class _Traced(Attend):
-    """``number`` of a size and ``core``, a proxy of an attention, are the graph's own business."""
+    """``number`` of a size, ``core``, a proxy of an attention, and what is ``given`` are the graph's own business."""
 
     def __init__(
         self, tracer: _Tracer, site: AttentionSite, loads: Sequence[Any], device: torch.device, family: Family,
-        number: Callable[[sympy.Expr], Any], core: Callable[..., Any],
+        number: Callable[[sympy.Expr], Any], core: Callable[..., Any], given: Callable[[str], Any],
     ) -> None:  # fmt: skip
         self.tracer, self.site, self.loads, self.device = tracer, site, tuple(loads), device
-        self.family, self._number, self._core = family, number, core
+        self.family, self._number, self._core, self._given = family, number, core, given
 
     def __call__(self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
         core: Tensor = self._core(site, _plan(site, self.family), False, query, key, value, *self.loads, *more)
@@ -164,6 +192,10 @@ class _Traced(Attend):
     ) -> tuple[Tensor, Tensor]:
         both = self._core(site, _plan(site, self.family), True, query, key, value, *self.loads, *more)
         return operator.getitem(both, 0), operator.getitem(both, 1)
+
+    def given(self, name: str) -> Tensor:
+        made: Tensor = self._given(name)
+        return made
 
     def number(self, size: sympy.Expr | int) -> int:
         found: int = self._number(sympy.sympify(size))
@@ -197,6 +229,19 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def create_arg(self, a: Any) -> Any:
         return self.hold(a) if isinstance(a, Tensor) else super().create_arg(a)
+
+
+def _misfit(site: AttentionSite, found: SideTensor, name: str) -> str:
+    """Why an input is no number for each key of each sequence; empty where it is."""
+    if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
+        return f'The input "{name}" is {found.dtype}; whole numbers are supported.'
+    *rows, keys = found.shape or (sympy.Integer(1),)
+    if len(rows) <= 1 and sympy.expand(keys - site.keys) == 0 and all(n in (1, site.batch) for n in rows):
+        return ""
+    return (
+        f'The input "{name}" has the sizes {tuple(found.shape)}; the site has {site.batch} sequences of {site.keys} keys, and '
+        "needs a number for each key."
+    )
 
 
 def _plan(site: AttentionSite, family: Family) -> KernelPlan:

@@ -28,6 +28,7 @@ from attnfx.policy import Policy, Rule
 from attnfx.rule import Subject
 from attnfx.site import AttentionSite
 from attnfx.site_kind import kinds
+from attnfx.variants import standing
 from attnfx.variants.base import Variant
 from attnfx.variants.low_rank_bias import LowRankBias
 from attnfx.variants.neural_bias import NeuralBias
@@ -132,9 +133,13 @@ def _by_variant(site: AttentionSite, rule: Rule, variant: Variant, known: Known 
     """The site served by ``variant``, or why it is not."""
     if site.normaliser != "softmax":
         return (f"The site is a piece of an attention that is divided later; {type(variant).__name__} changes whole ones.",)
+    stood = None
     if reasons := variant.objections(site):
-        return reasons
-    made = _made(site, variant, known)
+        stood = standing.stood(site)
+        of_values = isinstance(variant, LowRankBias | NeuralBias)  # which are not computed by a composition
+        if stood is None or of_values or variant.objections(stood):
+            return reasons
+    made = _made(site, variant, known) if stood is None else composed(variant, site, family(site), stood, known)
     if isinstance(made, Exact):
         exact = _exact(site)
         reason = f"{type(variant).__name__} leaves it exact: {made.reason}. {exact.reason}"
@@ -168,7 +173,7 @@ def _made(
         return low_rank(site, variant, None if known is None else known.values)
     if isinstance(variant, NeuralBias):
         return neural(site, variant, known)
-    return composed(variant, site, family(site)) if variant.is_composed() else variant.apply(site)
+    return composed(variant, site, family(site), None, known) if variant.is_composed() else variant.apply(site)
 
 
 def _exact(site: AttentionSite) -> Decision:

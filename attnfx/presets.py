@@ -44,7 +44,7 @@ def presets() -> dict[str, Preset]:
                 Rule(
                     kind="causal", phase="prefill", when="kv_len >= 8192",
                     variant=(
-                        variants.BlockTopK(top=256, page=16, sinks=64, window=1024, query_block=64),
+                        variants.BlockTopK(top=256, page=16, sinks=64, window=1024),
                         variants.AShape(n_init=1024, n_local=4096), None,
                     ),
                 ),

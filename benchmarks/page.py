@@ -120,10 +120,16 @@ def _biases(document: dict[str, Any]) -> list[tuple[str, ...]]:
 def _variants(document: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (row, _percent(peers["attnfx"].get("kept")), *(_device(peers.get(p, {})) for p in ("attnfx", "dense", "flex", "fla")),
-         _percent(timing.ratio(peers["attnfx"], peers["dense"]) if "ms" in peers.get("dense", {}) and "ms" in peers["attnfx"] else None),
+         _share(peers),
          *(_faster(peers, p, "attnfx") for p in ("flex", "fla")))
         for row, peers in _by_row(document).items()
     ]  # fmt: skip
+
+
+def _share(peers: dict[str, dict[str, Any]]) -> str:
+    """Of the dense kernel's time."""
+    there = "ms" in peers.get("dense", {}) and "ms" in peers["attnfx"]
+    return _percent(timing.ratio(peers["attnfx"], peers["dense"])) if there else "-"
 
 
 def _percent(share: float | None) -> str:

@@ -9,30 +9,32 @@ import sympy
 from torch import Tensor
 
 from attnfx.site import AttentionSite
-from attnfx.variants import dense, same_id
+from attnfx.variants import dense
 from attnfx.variants.attend import Attend
-from attnfx.variants.base import Example, Variant, whole_number
-from attnfx.variants.documents import blocks, ends, ids_of, inside
+from attnfx.variants.base import Example, whole_number
+from attnfx.variants.packed import Packed
 
 
 @dataclass(frozen=True)
-class Anchor(Variant):
+class Anchor(Packed):
     """Each query keeps the keys of its own document, and the first `anchors` tokens of the sequence, which all documents share.
 
-    `lengths` or `boundaries` of the documents are those of :class:`Documents`: the anchor belongs to the first of them. Positions
-    are not counted anew in each document: with the anchor as its only shared token, the position that bfloat16 rounds worst is
-    always the same. In the paper the attention is causal; here the model's own mask decides.
+    `lengths`, `boundaries`, `ids` and `positions` are those of :class:`Documents`: the anchor belongs to the first of them.
+    Positions are not counted anew in each document: with the anchor as its only shared token, the position that bfloat16 rounds
+    worst is always the same. In the paper the attention is causal; here the model's own mask decides.
     """
 
     lengths: tuple[int, ...] = ()
     boundaries: tuple[int, ...] = ()
     anchors: int = 1
+    ids: str = ""
+    positions: str = ""
 
     paper: ClassVar[str] = "Wang et al. 2024, When Precision Meets Position: BFloat16 Breaks Down RoPE (arXiv:2411.13476)"
     exactness: ClassVar[str] = "approximate, for training on packed documents"
 
     def __post_init__(self) -> None:
-        ends(self, self.lengths, self.boundaries)
+        self.checked()
         whole_number(self, "anchors", least=1)
 
     @classmethod
@@ -42,20 +44,15 @@ class Anchor(Variant):
             Example(cls((30, 7)), queries=13), Example(cls((20, 17)), queries=1),
         )  # fmt: skip
 
-    def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return same_id.objections(site, ends(self, self.lengths, self.boundaries)[-1], "documents")
-
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        site, ids = same_id.kept(attend.site, ids_of(ends(self, self.lengths, self.boundaries)), shared=self.anchors)
-        return attend(site, query, key, value, more=[ids])
+        return self.attended(attend, query, key, value, shared=self.anchors)
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        own = inside(ends(self, self.lengths, self.boundaries), site)
-        return sympy.Min(own + self.anchors * site.queries, super().pairs(site))
+        return sympy.Min(self.inside(site) + self.anchors * site.queries, super().pairs(site))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
     ) -> Tensor:
-        kept = blocks(ends(self, self.lengths, self.boundaries), q.shape[2], q.device)
+        kept = self.blocks(q.shape[2], q.device)
         kept[:, : self.anchors] = True
         return dense.attention(q, k, v, scale, kept & dense.seen(q.shape[2], k.shape[2], causal, keep, q.device))

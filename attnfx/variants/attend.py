@@ -39,6 +39,10 @@ class Attend(ABC):
         """O, and the natural log-sum-exp of each row (B,H,M), float32 or float64: -inf where a row keeps no key."""
 
     @abstractmethod
+    def given(self, name: str) -> Tensor:
+        """The tensor of whole numbers, one for each key, that the caller hands to the model by this name: (N) or (B or 1, N)."""
+
+    @abstractmethod
     def number(self, size: sympy.Expr | int) -> int:
         """A size as a number, or as a node that stands for one."""
 
@@ -79,6 +83,9 @@ class Within(Attend):
         self, site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, more: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
         return self.whole.with_lse(site, query, key, value, more)
+
+    def given(self, name: str) -> Tensor:
+        return self.whole.given(name)
 
     def number(self, size: sympy.Expr | int) -> int:
         return self.whole.number(size)

@@ -23,14 +23,20 @@ class BlockTopK(Variant):
     A page's score is the mean of q.k over its keys, with q the mean over the query heads that share a key head of the block's
     first query. In a decode step that is the paper's choice. In a prefill `query_block` queries share it, as nothing of their
     future may choose: only pages complete at the first query take part, and `query_block=1` chooses for every query. Whole
-    pages are kept, also for `sinks` and `window`.
+    pages are kept, also for `sinks` and `window`. Kernels on a GPU visit tiles of 128 queries, which have the pages of all
+    choices in them: so 128 queries share one.
+
+    The means of pages are made anew in each decode step, in one pass over the keys, which is half of what dense attention reads.
+    They could be kept only where a graph could tell that its cache is that of the step before, but for one key: a cache that
+    grows is another tensor in each step, and one that is written in place may hold another prompt, or have been reordered by
+    a beam search, at the same address.
     """
 
     top: int = 64
     page: int = 16
     sinks: int = 4
     window: int = 0
-    query_block: int = 64
+    query_block: int = 128
 
     paper: ClassVar[str] = "Sadhukhan et al. 2025, Kinetics: Rethinking Test-Time Scaling Laws (arXiv:2506.05333), block top-k"
     exactness: ClassVar[str] = "approximate, training-free"
@@ -48,7 +54,7 @@ class BlockTopK(Variant):
         )  # fmt: skip
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return selection.objections(site)
+        return selection.objections(site, growing=True)
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -58,8 +64,8 @@ class BlockTopK(Variant):
         site = attend.site
         group = int(site.heads) // int(site.key_heads)
         first = torch.ops.aten.slice.Tensor(query, 2, 0, 2**63 - 1, self.query_block)
-        shared = torch.mean(torch.unflatten(selection.wide(first), 1, (int(site.key_heads), group)), 2)
-        means = selection.pooled(selection.wide(key), site.keys, self.page)
+        shared = torch.mean(torch.unflatten(selection.wide(first, site.dtype), 1, (int(site.key_heads), group)), 2)
+        means = selection.pooled(attend, selection.wide(key, site.dtype), site.keys, self.page)
         scores = torch.repeat_interleave(torch.matmul(shared, torch.transpose(means, 2, 3)), group, 1)
         table = selection.chosen(attend, scores, self.top, self._size, self.sinks, self.window)
         return attend(selection.masked(site, self._size), query, key, value, [table])

@@ -49,7 +49,7 @@ class DilatedWindow(Variant):
         return site.replace(keep=expr.logical_and(site.keep, positions.window(site, self.window * self.dilation), aligned))
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        return sympy.Min(site.queries * (self.window if site.facts.causal else 2 * self.window - 1), super().pairs(site))
+        return sympy.Min(site.queries * (self.window if positions.ordered(site) else 2 * self.window - 1), super().pairs(site))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None

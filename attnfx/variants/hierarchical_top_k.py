@@ -66,9 +66,8 @@ class HierarchicalTopK(Variant):
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         site = attend.site
         complete, always = selection.standing(attend, self._size, self.sinks, self.sliding_window)
-        pool = selection.led if selection.ordered(site) else selection.pooled
-        means = pool(selection.wide(query), site.queries, self.block_size_q)
-        found = self._found(attend, means, torch.detach(key), torch.sum(complete, 1, keepdim=True))
+        means = selection.of_queries(attend, query, self.block_size_q)
+        found = self._found(attend, means, torch.detach(key), torch.sum(complete, -1, keepdim=True))
         return attend(selection.masked(site, self._size), query, key, value, [torch.logical_or(found, always)])
 
     def _found(self, attend: Attend, means: Tensor, key: Tensor, complete: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ class HierarchicalTopK(Variant):
         at = torch.unflatten(middle, 1, (heads, group))
         keys = torch.gather(key, 2, torch.unsqueeze(torch.flatten(at, 2, 4), -1).expand(-1, -1, -1, site.head_dim))
         count = selection.blocks(site.queries, self.block_size_q)
-        keys = torch.unflatten(selection.wide(keys), 2, (group, count, -1))
+        keys = torch.unflatten(selection.wide(keys, site.dtype), 2, (group, count, -1))
         by = torch.unsqueeze(torch.unflatten(means, 1, (heads, group)), 4)
         return torch.flatten(torch.sum(keys * by, -1), 1, 2)
 

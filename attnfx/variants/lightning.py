@@ -43,14 +43,14 @@ class Lightning(Variant):
         return Example(cls()), Example(cls(3, 4)), Example(cls(1, 4), queries=11, key_heads=4)
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        found = [*linear.objections(site, "lightning attention", causal=True)]
+        found = [*linear.objections(site, "lightning attention", causal=True, padded=True)]
         if not site.heads.is_Integer:
             found.append(f"The number of heads is {site.heads}; the slopes need a known one.")
         return tuple(found)
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         decay = torch.tensor(self._decay(int(attend.site.heads)), dtype=torch.float64, device=attend.device)
-        return linear.linear(query, key, value, True, decay)
+        return linear.attended(attend, query, key, value, decay)
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         return linear.pairs(site, site.head_dim)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import sympy
 import torch
 from torch import Tensor
 
 from attnfx import expr
 from attnfx.site import AttentionSite
-from attnfx.variants import dense
+from attnfx.variants import dense, key_masks
 from attnfx.variants.attend import Attend
 
 
-def objections(site: AttentionSite, what: str, causal: bool | None = None) -> tuple[str, ...]:
+def objections(site: AttentionSite, what: str, causal: bool | None = None, padded: bool = False) -> tuple[str, ...]:
     """Why ``site`` is no plain attention, causal or full; ``what`` replaces it: "linear attention". ``causal``: it must be so, or
-    must not."""
-    found = []
+    must not. ``padded``: a mask of data may hide keys from all queries, which :func:`shown` takes care of."""
+    found, facts = [], site.facts
+    if padded and key_masks.of_keys(expr.logical_and(*facts.rest)):
+        facts = dataclasses.replace(facts, rest=())
     if site.scale is None or site.band is not None:
         found.append(f"The scores are more than q.k times a number, as with a bias or a softcap; {what} replaces plain scores.")
     if site.sink is not None or site.weight != expr.ONE:
         found.append(f"The softmax has a sink, or its probabilities a factor; {what} has no place for it.")
     if site.dropout > 0.0:
         found.append(f"There is dropout of {site.dropout:g}; {what} forms no probabilities to drop.")
-    offset = site.facts.causal_offset
+    offset = facts.causal_offset
     ahead = sympy.expand(site.keys - site.queries)
-    if not site.facts.full and (offset is None or sympy.expand(offset - ahead) != 0):
+    if not facts.full and (offset is None or sympy.expand(offset - ahead) != 0):
         found.append(
             f"The mask is not plainly causal with the last query at the last key; {what} serves causal and full attention."
         )
-    elif site.facts.causal and not (ahead == 0 or (ahead.is_Integer and ahead > 0)):
+    elif facts.causal and not (ahead == 0 or (ahead.is_Integer and ahead > 0)):
         found.append(f"There are {site.queries} queries and {site.keys} keys; causal {what} needs at least as many keys.")
     if causal is not None and is_causal(site) != causal:
         kinds = ("is causal", "full") if is_causal(site) else ("is not causal", "causal")
@@ -64,6 +68,39 @@ def linear(
     options = (causal, normalize, eps, None, None, "add", scale)
     out: Tensor = torch.ops.attnfx.linear_attention.default(query, key, value, decay, *options)
     return out
+
+
+def attended(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, normalize: bool = False,
+    eps: float = 0.0, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """:func:`linear` in place of the site of ``attend``, whose mask may hide keys from all queries."""
+    site, key = attend.site, shown(attend, key)
+    if decay is not None and site.queries == 1:
+        key, value, decay = decayed(attend, key, decay), spread(attend, value), None
+    return linear(query, key, value, is_causal(site), decay, normalize, eps, scale)
+
+
+def shown(attend: Attend, key: Tensor) -> Tensor:
+    """Features of keys (B,HK,N,D), zero where a mask of data hides the key from all queries."""
+    rest = attend.site.facts.rest
+    if not rest:
+        return key
+    kept = torch.reshape(key_masks.kept(attend, expr.logical_and(*rest)), (-1, 1, attend.number(attend.site.keys), 1))
+    return torch.where(kept, key, torch.zeros_like(key))
+
+
+def decayed(attend: Attend, key: Tensor, decay: Tensor) -> Tensor:
+    """Features (B,H,N,D) of the keys of a single query, by how far they are behind it: lam^(p - j) with ``decay`` (H), log lam, and
+    p the last key that a mask of data shows, or the last one."""
+    site, at = attend.site, attend.arange(attend.number(attend.site.keys))
+    last: Tensor | int = attend.number(site.keys) - 1
+    if site.facts.rest:
+        kept = key_masks.kept(attend, site.keep)
+        last = torch.amax(torch.where(kept, at, 0), -1, keepdim=True)  # (B or 1,1,1,1)
+    behind = torch.clamp(last - at, min=0) + torch.zeros_like(at)
+    by = torch.exp(torch.reshape(decay, (1, -1, 1, 1)) * torch.reshape(behind, (-1, 1, attend.number(site.keys), 1)))
+    return torch.ops.aten.to.dtype(spread(attend, key) * by, site.dtype)  # type: ignore[no-any-return]
 
 
 def spread(attend: Attend, x: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class LinearAttention(Variant):
     `feature_map` is f: "elu" (elu(x) + 1), "relu", "exp", "cosine" (w = 1 + cos(q, k)), "taylor2" (w = 1 + z + z^2 / 2 with
     the model's own logit z), "softmax_pair" (Hedgehog: (softmax(x W), softmax(-x W))), or "identity" (w is the logit itself,
     which may be negative, so it needs `normalize` off). Only "identity" and "taylor2" know the model's scale. `decay`: log lam,
-    at most 0, one number or one for each head; for causal attention. Without `normalize` nothing is divided.
+    at most 0, one number or one for each head; for causal attention. Without `normalize` nothing is divided. Keys that the model's
+    padding hides take no part. A decode step sums over the keys that the model caches, in time that grows with their number:
+    the cache is the model's own. `torch.ops.attnfx.linear_attention_states` keeps a state in its place.
 
     `path` names a file of trained weights of "softmax_pair", written by `torch.save`: {module path: {"query": (H, D, F), "key":
     (H_k, D, F)}}. Without one, W is the identity, from which Hedgehog starts its training.
@@ -66,7 +68,7 @@ class LinearAttention(Variant):
         )  # fmt: skip
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        found = [*linear.objections(site, "linear attention", True if self.decay else None)]
+        found = [*linear.objections(site, "linear attention", True if self.decay else None, padded=True)]
         if len(self.decay) > 1 and len(self.decay) != site.heads:
             found.append(f"There are {len(self.decay)} decays and {site.heads} heads; one is needed for all, or one for each.")
         if self.feature_map == "taylor2" and site.head_dim > WIDEST_TAYLOR:
@@ -94,7 +96,7 @@ class LinearAttention(Variant):
         query, key = (torch.ops.aten.to.dtype(x, site.dtype) for x in (query, key))
         scale = site.scale if self.feature_map == "identity" and site.scale is not None else 1.0
         eps = self.eps if self.normalize else 0.0
-        return linear.linear(query, key, value, linear.is_causal(site), decay, self.normalize, eps, scale)
+        return linear.attended(attend, query, key, value, decay, self.normalize, eps, scale)
 
     def _mapped(self, x: Tensor, site: AttentionSite, weight: Tensor | None) -> Tensor:
         if self.feature_map == "identity":

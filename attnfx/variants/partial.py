@@ -11,9 +11,15 @@ from attnfx.site import AttentionSite
 Part = tuple[Tensor, Tensor]
 
 
-def share(part: Part, other: Part) -> Tensor:
-    """The mass (B,H,M,1) that ``part`` has of both; ``other`` has a key for every row."""
-    return torch.unsqueeze(torch.sigmoid(part[1] - other[1]), -1)
+def share(part: Part, other: Part, padded: bool = False) -> Tensor:
+    """The mass (B,H,M,1) that ``part`` has of both; ``other`` has a key for every row, if not ``padded``: rows without keys then
+    have their part of nothing, and a gradient of zero."""
+    if not padded:
+        return torch.unsqueeze(torch.sigmoid(part[1] - other[1]), -1)
+    nothing = float("-inf")
+    empty, some = torch.eq(other[1], nothing), torch.gt(part[1], nothing)
+    by = torch.sigmoid(part[1] - torch.where(empty, torch.zeros_like(other[1]), other[1]))
+    return torch.unsqueeze(torch.where(empty, torch.ops.aten.to.dtype(some, torch.float32), by), -1)
 
 
 def mixed(part: Part, other: Part, by: Tensor, site: AttentionSite) -> Tensor:
@@ -22,6 +28,6 @@ def mixed(part: Part, other: Part, by: Tensor, site: AttentionSite) -> Tensor:
     return torch.ops.aten.to.dtype(other[0] * (1 - by) + mine * by, site.dtype)  # type: ignore[no-any-return]
 
 
-def merged(part: Part, other: Part, site: AttentionSite) -> Tensor:
-    """The attention over the keys of both, which have none in common; ``other`` has a key for every row."""
-    return mixed(part, other, share(part, other), site)
+def merged(part: Part, other: Part, site: AttentionSite, padded: bool = False) -> Tensor:
+    """The attention over the keys of both, which have none in common, and ``padded`` of :func:`share`."""
+    return mixed(part, other, share(part, other, padded), site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,12 +74,15 @@ class PerHeadSpans(Variant):
         return attend(site.replace(keep=keep), query, key, value, more=[torch.ops.aten._to_copy.default(window, dtype=torch.int64)])
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        """Of the mean span, not rounded."""
+        """The mean over heads; spans are not rounded."""
         alpha, beta = (self._numbers(t, int(site.heads), site.origin.module).tolist() for t in (self.alpha, self.beta))
-        span = sum(map(sympy.Rational, alpha)) + sum(map(sympy.Rational, beta)) * site.keys
-        span = sympy.Max(span / site.heads, self.sinks + self.block)
-        width = span if site.facts.causal else 2 * span - self.sinks
-        return sympy.Min(site.queries * width, super().pairs(site))
+        total, whole = sympy.Integer(0), super().pairs(site)
+        for numbers, heads in Counter(zip(alpha, beta, strict=True)).items():
+            a, b = map(sympy.Rational, numbers)
+            span = sympy.Max(a + b * site.keys, self.sinks + self.block)
+            width = span if positions.ordered(site) else 2 * span - self.sinks
+            total += heads * sympy.Min(site.queries * width, whole)
+        return total / site.heads
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None

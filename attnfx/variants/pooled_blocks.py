@@ -46,14 +46,13 @@ class PooledBlocks(Variant):
         )
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return selection.objections(site)
+        return selection.objections(site, growing=True)
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         site, size = attend.site, (self.block, self.block)
-        pool = selection.led if selection.ordered(site) else selection.pooled
-        means = selection.pooled(selection.wide(key), site.keys, self.block)
+        means = selection.pooled(attend, selection.wide(key, site.dtype), site.keys, self.block)
         means = torch.repeat_interleave(means, int(site.heads) // int(site.key_heads), 1)
-        scores = torch.matmul(pool(selection.wide(query), site.queries, self.block), torch.transpose(means, 2, 3))
+        scores = torch.matmul(selection.of_queries(attend, query, self.block), torch.transpose(means, 2, 3))
         table = selection.chosen(attend, scores, self.top, size)
         return attend(selection.masked(site, size), query, key, value, [table])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnfx import expr
 from attnfx.expr import Expr
 from attnfx.site import AttentionSite
+from attnfx.variants import standing
 
 
 def objections(site: AttentionSite, pattern: str) -> tuple[str, ...]:
@@ -19,7 +20,7 @@ def objections(site: AttentionSite, pattern: str) -> tuple[str, ...]:
             f"The {site.queries} queries and {site.keys} keys have no common positions (no causal mask is proved), "
             f"as in cross-attention; {pattern} needs as many queries as keys, or a causal mask.",
         )
-    if site.facts.rest:
+    if site.facts.rest and standing.last_key(site) is None:
         return (
             f"The mask of the single query is data, so its position among the keys cannot be proved; {pattern} needs "
             "a causal mask, or no mask.",
@@ -28,9 +29,11 @@ def objections(site: AttentionSite, pattern: str) -> tuple[str, ...]:
 
 
 def position(site: AttentionSite) -> Expr:
-    """The key at which query i stands: the last one that a causal mask lets it see, or i + N - M where there is no such mask
-    (the last query at the last key). Only where there are no :func:`objections`."""
+    """The key at which query i stands: the last one that a causal mask lets it see, that of a single query also where the mask is
+    data, or i + N - M where there is no such mask (the last query at the last key). Only where there are no :func:`objections`."""
     i, diagonals = expr.index("i"), site.facts.delta_low
+    if (last := standing.last_key(site)) is not None:
+        return last
     return i - expr.integer(diagonals[0]) if diagonals else i + site.key_length - site.query_length
 
 
@@ -44,3 +47,8 @@ def window(site: AttentionSite, width: int, sinks: int = 0) -> Expr:
         near.append(expr.le(-distance, most))
     sink = expr.le(j, expr.integer(sinks - 1))
     return expr.logical_and(*(expr.logical_or(side, sink) for side in near))
+
+
+def ordered(site: AttentionSite) -> bool:
+    """Whether no query sees a key behind its own place: under a causal mask, and a single query, which stands at the last key."""
+    return site.facts.causal or bool(site.queries == 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnfx.errors import PolicyError
 from attnfx.site import AttentionSite
-from attnfx.variants import dense, same_id
+from attnfx.variants import dense, positions, same_id
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Example, Variant
 
@@ -46,14 +46,18 @@ class RegionAttention(Variant):
             return (str(error),)
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        site, ids = same_id.kept(attend.site, same_id.numbers(self.regions))
-        return attend(site, query, key, value, more=[ids])
+        return attend(same_id.kept(attend.site), query, key, value, more=[same_id.table(same_id.numbers(self.regions))])
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        """Those of the mean query."""
-        ids = same_id.numbers(self.regions)
-        total = sum(n * (n + 1) // 2 if site.facts.causal else n * n for n in Counter(ids).values())
-        return sympy.Min(site.queries * sympy.Rational(total, len(ids)), super().pairs(site))
+        """Of a number of queries that is not known those of the mean token."""
+        ids, before = same_id.numbers(self.regions), Counter[int]()
+        sizes, each = Counter(ids), []
+        for own in ids:
+            before[own] += 1
+            each.append(before[own] if positions.ordered(site) else sizes[own])
+        if not site.queries.is_Integer:
+            return site.queries * sympy.Rational(sum(each), len(ids))
+        return sympy.Integer(sum(each[len(ids) - int(site.queries) :]))
 
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None

@@ -15,7 +15,7 @@ from attnfx.errors import PolicyError
 from attnfx.expr import Expr
 from attnfx.site import AttentionSite
 from attnfx.variants import positions
-from attnfx.variants.attend import beside, read
+from attnfx.variants.attend import Attend, beside, read
 
 Ids = tuple[int, ...] | str
 
@@ -49,13 +49,32 @@ def objections(site: AttentionSite, count: int, what: str) -> tuple[str, ...]:
     return positions.objections(site, "a list of tokens")
 
 
-def kept(site: AttentionSite, ids: Sequence[int], *, shared: int = 0) -> tuple[AttentionSite, Tensor]:
-    """``site`` where each query keeps the keys of its own id, and the first ``shared`` keys; and the table (N,) to attend with.
+def kept(site: AttentionSite, *, shared: int = 0, rows: bool = False) -> AttentionSite:
+    """``site`` where each query keeps the keys of its own id, and the first ``shared`` keys, by one more side tensor of int64: the
+    id of each key (N,), or of each key of each sequence (B,N) with ``rows``.
 
     A tile whose queries and keys have ids in ranges that are apart is skipped.
     """
-    site, slot = beside(site, (site.keys,), torch.int64)
-    j = expr.index("j")
-    query, key = (read(slot, x, dtype=torch.int64) for x in (positions.position(site), j))
+    site, slot = beside(site, (site.batch, site.keys) if rows else (site.keys,), torch.int64)
+    j, row = expr.index("j"), (expr.index("b"),) if rows else ()
+    query, key = (read(slot, *row, x, dtype=torch.int64) for x in (positions.position(site), j))
     same: Expr = expr.logical_or(expr.eq(query, key), expr.le(j, expr.integer(shared - 1)))
-    return site.replace(keep=expr.logical_and(site.keep, same)), torch.tensor(ids, dtype=torch.int64)
+    return site.replace(keep=expr.logical_and(site.keep, same))
+
+
+def table(ids: Sequence[int]) -> Tensor:
+    """Ids as a side tensor (N,)."""
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def named(attend: Attend, name: str) -> Tensor:
+    """The ids (B,N) that the caller hands to the model by a name."""
+    site = attend.site
+    found = torch.reshape(torch.ops.aten.to.dtype(attend.given(name), torch.int64), (-1, attend.number(site.keys)))
+    return torch.ops.aten.expand.default(found, [attend.number(site.batch), -1])  # type: ignore[no-any-return]
+
+
+def begun(positions: Tensor) -> Tensor:
+    """The numbers (B,N) of documents of which each begins where a position (B,N) is not one more than the one before it."""
+    first = torch.ne(positions[:, 1:], positions[:, :-1] + 1)
+    return torch.cumsum(torch.nn.functional.pad(first, (1, 0)), 1)

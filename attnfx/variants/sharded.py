@@ -65,7 +65,7 @@ class Sharded(Variant):
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         everything = super().pairs(site)
-        local = site.queries * self.local_blocks * self.block * (1 if site.facts.causal else 2)
+        local = site.queries * self.local_blocks * self.block * (1 if positions.ordered(site) else 2)
         part = sympy.Rational(self.num_dense_heads, int(site.key_heads))
         return part * everything + (1 - part) * sympy.Min(local + everything / self.vert_stride, everything)
 

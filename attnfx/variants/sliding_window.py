@@ -52,7 +52,7 @@ class SlidingWindow(Variant):
         return site.replace(keep=expr.logical_and(site.keep, positions.window(site, self.window, self.sinks)))
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
-        width = self.window if site.facts.causal else 2 * self.window - 1
+        width = self.window if positions.ordered(site) else 2 * self.window - 1
         return sympy.Min(site.queries * (width + self.sinks), super().pairs(site))
 
     def reference(

@@ -67,7 +67,7 @@ class StreamingHeads(Variant):
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         full, everything = self._full(site.origin.module), super().pairs(site)
-        width = self.recent if site.facts.causal else 2 * self.recent - 1
+        width = self.recent if positions.ordered(site) else 2 * self.recent - 1
         part = sympy.Rational(sum(full), len(full))
         return part * everything + (1 - part) * sympy.Min(site.queries * (width + self.sinks), everything)
 

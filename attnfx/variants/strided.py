@@ -61,7 +61,7 @@ class Strided(Variant):
 
     def pairs(self, site: AttentionSite) -> sympy.Expr:
         everything = super().pairs(site)
-        local = site.queries * (self.stride + 1) * (1 if site.facts.causal else 2)
+        local = site.queries * (self.stride + 1) * (1 if positions.ordered(site) else 2)
         both = local + everything / self.stride
         return sympy.Min(both if self.heads == "merged" else both / 2, everything)
 

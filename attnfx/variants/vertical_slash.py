@@ -12,11 +12,13 @@ from torch.nn.functional import pad
 
 from attnfx import expr
 from attnfx.errors import PolicyError
-from attnfx.expr import Expr
+from attnfx.expr import INDEX, Expr, Int
 from attnfx.site import AttentionSite
-from attnfx.variants import dense, last_queries, linear, partial, selection, summaries
+from attnfx.variants import dense, key_masks, last_queries, linear, partial, selection, summaries
 from attnfx.variants.attend import Attend, beside, read
 from attnfx.variants.base import Example, Variant, whole_number
+
+J = INDEX["j"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class VerticalSlash(Variant):
     """A query keeps the `vertical_size` keys, and the keys at the `slash_size` distances, that `last_q` queries before it gave most
     of their attention.
 
-    Their probabilities are summed by key and by distance. The first `sinks` keys and the `local` smallest distances are always
-    among those chosen. Distances are chosen in bands of `block` neighbours, and a band keeps each block of `block` x `block`
-    pairs that it crosses: what a kernel computes anyway. Keys are gathered one by one.
+    Their probabilities are summed by key and by distance; keys that the model's padding hides have none. The first `sinks` keys
+    and the `local` smallest distances are always among those chosen. Distances are chosen in bands of `block` neighbours, and a
+    band keeps each block of `block` x `block` pairs that it crosses: what a kernel computes anyway. Keys are gathered one by one.
 
     `segment` queries share a choice, made by the last queries up to and with their first, so that nothing is known of the future,
     and a longer prompt changes nothing of its beginning. The first segment attends to all that it may: so do a decode step and a
@@ -70,7 +72,13 @@ class VerticalSlash(Variant):
         )  # fmt: skip
 
     def objections(self, site: AttentionSite) -> tuple[str, ...]:
-        return summaries.known(site, "VerticalSlash") + linear.objections(site, "a choice of columns and diagonals", causal=True)
+        if site.queries == 1:  # which attends to all that it may
+            return ()
+        found = summaries.known(site, "VerticalSlash")
+        found += linear.objections(site, "a choice of columns and diagonals", causal=True, padded=True)
+        if any(isinstance(n, Int) and n.value.has(J) and n.value != J for n in expr.walk(expr.logical_and(*site.facts.rest))):
+            found += (f"The mask is {site.keep}, which tells of other keys than those it hides.",)
+        return found
 
     def compose(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         site = attend.site
@@ -79,7 +87,7 @@ class VerticalSlash(Variant):
             return attend(site, query, key, value)
         columns, bands = self._chosen(attend, query, key, starts)
         kept = self._crossed(site, bands)  # (B, H, segments, distances of blocks)
-        own = selection.masked(site, self._size).replace(empty_rows="zero")  # there is none: each query keeps its own key
+        own = selection.masked(site, self._size).replace(empty_rows="zero")  # there is none, as each query keeps its own key
         near = attend.with_lse(own, query, key, value, [self._table(attend, kept)])
         heads, group = int(site.key_heads), int(site.heads) // int(site.key_heads)
         at = torch.unsqueeze(torch.flatten(torch.unflatten(columns, 1, (heads, group)), 2, 3), -1)
@@ -88,7 +96,7 @@ class VerticalSlash(Variant):
             for x, width in ((key, site.head_dim), (value, site.value_dim))
         )
         far = attend.with_lse(self._far(site, len(starts)), query, keys, values, [columns, kept])
-        return partial.merged(far, near, site)
+        return partial.merged(far, near, site, padded=bool(site.facts.rest))
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -107,7 +115,8 @@ class VerticalSlash(Variant):
     def _sums(self, attend: Attend, query: Tensor, key: Tensor, last: int) -> tuple[Tensor, Tensor]:
         """What the queries up to and with ``last`` give keys (B, H, N), -1 those they do not see, and bands (B, H, bands)."""
         site, seen = attend.site, last + 1 + int(attend.site.keys - attend.site.queries)
-        weights = last_queries.weights(attend, query, key, last, self.last_q)
+        shown = key_masks.kept(attend, expr.logical_and(*site.facts.rest)) if site.facts.rest else None
+        weights = last_queries.weights(attend, query, key, last, self.last_q, shown)
         columns = pad(torch.sum(weights, 2), (0, int(site.keys) - seen), value=-1.0)
         bands = selection.blocks(site.keys, self.block)
         distances = last_queries.by_distance(weights, min(self.last_q, last + 1), seen)
@@ -163,6 +172,7 @@ class VerticalSlash(Variant):
         at = read(where, b, h, j, dtype=torch.int64)
         segment: Expr = expr.integer(0)
         keep = [expr.le(at, i + expr.integer(ahead))]
+        keep += [expr.rebuild(term, lambda node: at if node == j else None) for term in site.facts.rest]
         if self.segment:
             segment = expr.floordiv(i, expr.integer(self.segment))
             keep.append(expr.eq(segment, expr.floordiv(j, expr.integer(width)) + expr.integer(1)))
@@ -186,7 +196,10 @@ class VerticalSlash(Variant):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, keep: Tensor | None = None
     ) -> Tensor:
         M, N, size = q.shape[2], k.shape[2], self.block
-        ahead, weights = N - M, dense.softmax(dense.scores(q, k, scale), dense.seen(M, N, True, None, q.device)).detach()
+        ahead, weights = (
+            N - M,
+            dense.softmax(dense.scores(q, k, scale), dense.seen(M, N, True, keep, q.device)).detach().nan_to_num(),
+        )
         kept = torch.ones(*q.shape[:2], M, N, dtype=torch.bool, device=q.device)
         spans = [(s, range(s, min(s + self.segment, M))) for s in range(self.segment, M, self.segment)] if self.segment else []
         if not self.segment and self.last_q < M:

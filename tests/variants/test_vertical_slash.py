@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 from torch import Tensor
-from variant_cases import applied, site_of, tensors_of
+from variant_cases import SCALE, applied, site_of, tensors_of
 
 from attnfx import expr
 from attnfx.composing import OnTensors
@@ -108,8 +108,8 @@ def test_refusals() -> None:
     example = Example(variant)
     site = site_of(example, torch.float32)
     assert variant.objections(site) == ()
-    real = expr.Load(0, (expr.index("b"), expr.index("j")), torch.bool)
-    padded = site.replace(keep=expr.logical_and(site.keep, real), side=(SideTensor((site.batch, site.keys), torch.bool),))
+    real = expr.Load(0, (expr.index("h"), expr.index("j")), torch.bool)
+    padded = site.replace(keep=expr.logical_and(site.keep, real), side=(SideTensor((site.heads, site.keys), torch.bool),))
     for changed, words in (
         (padded, "not plainly causal"), (site_of(replace(example, causal=False), torch.float32), "is not causal"),
         (site.replace(score=expr.call("tanh", expr.Score())), "plain scores"), (site.replace(dropout=0.1), "dropout"),
@@ -119,3 +119,49 @@ def test_refusals() -> None:
     for parameters in ({"segment": 100}, {"segment": 32, "block": 32}, {"slash_size": 0}, {"block": 0}, {"vertical_size": 29}):
         with pytest.raises(PolicyError, match="VerticalSlash"):
             VerticalSlash(**parameters)
+
+
+@pytest.mark.parametrize("segment", [12, 0])
+def test_padding_takes_no_part_and_leaves_finite_numbers(segment: int) -> None:
+    """The first sequence begins with a whole segment of padding, the second ends with some."""
+    variant = VerticalSlash(3, 8, 5, segment, 1, 3, 4)
+    example = Example(variant)
+    side = SideTensor((sympy.Integer(2), sympy.Integer(37)), torch.bool)
+    site = site_of(example, torch.float64)
+    shown = expr.Load(0, (expr.index("b"), expr.index("j")), torch.bool)
+    site = site.replace(keep=expr.logical_and(site.keep, shown), side=(side,), empty_rows="zero")
+    assert variant.objections(site) == ()
+    real = torch.ones(2, 37, dtype=torch.bool)
+    real[0, :14], real[1, 33:] = False, False
+    leaves = [t.requires_grad_() for t in tensors_of(example, torch.float64)]
+    got = variant.compose(OnTensors(site, (real,), leaves[0].device, "portable"), *leaves)
+    own = torch.stack(
+        [torch.eye(37), torch.zeros(37, 37)]
+    ).bool()  # of queries of the padding, whose rows of the oracle would have no number
+    want = variant.reference(*leaves, SCALE, causal=True, keep=(real[:, None] | own)[:, None])
+    mine, rows = (torch.cat([x[0, :, 14:].flatten(), x[1].flatten()]) for x in (got, want))
+    torch.testing.assert_close(mine, rows, rtol=1e-7, atol=1e-7)
+    assert not got[0, :, :14].any()
+    grads = torch.autograd.grad(mine.square().sum(), leaves)
+    for one, other in zip(grads, torch.autograd.grad(rows.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_a_mask_that_tells_of_other_keys_is_refused() -> None:
+    site = site_of(Example(VerticalSlash(3, 8, 5, 12, 1, 3, 4)), torch.float64)
+    before = expr.Load(0, (expr.index("b"), expr.index("j") + expr.integer(1)), torch.bool)
+    site = site.replace(
+        keep=expr.logical_and(site.keep, before), side=(SideTensor((sympy.Integer(2), sympy.Integer(38)), torch.bool),)
+    )
+    assert "other keys than those it hides" in VerticalSlash(3, 8, 5, 12, 1, 3, 4).objections(site)[0]
+
+
+def test_a_decode_step_of_any_length_attends_to_all() -> None:
+    size = sympy.Symbol("s0", integer=True, positive=True)
+    variant = VerticalSlash(3, 8, 5, 12, 1, 3, 4)
+    example = Example(variant, 1, 37, causal=False)
+    site = site_of(example, torch.float64).replace(keys=size)
+    assert variant.objections(site) == ()
+    q, k, v = tensors_of(example, torch.float64)
+    got = variant.compose(OnTensors(site, (), q.device, "portable", {size: 37}), q, k, v)
+    torch.testing.assert_close(got, variant.reference(q, k, v, SCALE, causal=True))
