@@ -61,11 +61,13 @@ def checked(targets: Sequence[str], doing: Callable[[str], None] = lambda what: 
             raise UnknownOption(f'"{target}" is no target; there are {listing(TARGETS)}.{nearest(target, TARGETS)}')
     from attnfx.lowering import crosscompile
 
-    rows = []
-    for number, target in enumerate(targets, 1):
-        doing(f"compiling the kernels for {target} (target {number} of {len(targets)})")
-        rows += [{column: getattr(row, column) for column in COLUMNS} for row in crosscompile.check([target])]
-    return rows
+    numbers = {target: number for number, target in enumerate(targets, 1)}
+
+    def begun(target: str) -> None:
+        doing(f"compiling the kernels for {target} (target {numbers[target]} of {len(targets)})")
+
+    # all in one call: its processes take seconds to begin, and none waits for the last kernel of a target
+    return [{column: getattr(row, column) for column in COLUMNS} for row in crosscompile.check(targets, begun=begun)]
 
 
 def kernels_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -34,6 +34,8 @@ class World:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        # what is equal here is traced once anyway (`trace_memo.py`), and to remember the rest costs more than it saves
+        self.mode.cache_enabled = False
         self.placeholders = gm.graph.find_nodes(op="placeholder")
         self.user_env: ShapeEnv | None = None
         self.equal: dict[sympy.Symbol, sympy.Symbol] = {}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,7 +228,12 @@ def test_doctor_fails_where_a_kernel_does_not_fit(monkeypatch: pytest.MonkeyPatc
         "ok": fits,
         "error": "" if fits else "no",
     }
-    module = SimpleNamespace(check=lambda targets: [SimpleNamespace(**row | {"target": targets[0]})])
+
+    def check(targets: list[str], begun: Callable[[str], None]) -> list[SimpleNamespace]:
+        begun(targets[0])
+        return [SimpleNamespace(**row | {"target": targets[0]})]
+
+    module = SimpleNamespace(check=check)
     monkeypatch.setitem(sys.modules, "attnfx.lowering.crosscompile", module)
     monkeypatch.setattr("attnfx.lowering.crosscompile", module, raising=False)
     assert _run("doctor", "--targets", "sm90").exit_code == code

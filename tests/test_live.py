@@ -6,21 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from windowed import Windowed
 
 import attnfx
 from attnfx.errors import AttnfxError
 from attnfx.report import Missed, Report
-
-
-class Windowed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(-5)
-        return nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class Model(nn.Module):

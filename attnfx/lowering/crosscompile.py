@@ -13,7 +13,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,17 +111,35 @@ LISTS = ("profile_ends", "tile_lists")
 SHORT = ("short_forward", "short_forward, literal", "short_backward", "short_backward, literal")
 
 
-def check(targets: Sequence[str] = TARGETS, jobs: Sequence[Job] | None = None, processes: int = 2) -> list[Row]:
-    """A row for every kernel of `jobs` (default: `representative`) on `targets`; ValueError names an unknown target."""
+def check(
+    targets: Sequence[str] = TARGETS,
+    jobs: Sequence[Job] | None = None,
+    processes: int = 2,
+    begun: Callable[[str], None] = lambda target: None,
+) -> list[Row]:
+    """A row for every kernel of `jobs` (default: `representative`) on `targets`; ValueError names an unknown target.
+
+    `begun` is told each target when all rows of those before it are there.
+    """
     for target in targets:
         if target not in SHARED_LIMIT:
             raise ValueError(f"the target is {target!r}; supported: {', '.join(SHARED_LIMIT)}")
     chosen = list(jobs) if jobs is not None else list(itertools.chain.from_iterable(map(representative, targets)))
     if processes <= 1:
-        return [row for job in chosen for row in compile_job(job)]
+        return _in_order(chosen, map(compile_job, chosen), begun)
     # forked workers would inherit threads and CUDA
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return [row for rows in pool.map(compile_job, chosen) for row in rows]
+        return _in_order(chosen, pool.map(compile_job, chosen), begun)
+
+
+def _in_order(jobs: Sequence[Job], found: Iterator[list[Row]], begun: Callable[[str], None]) -> list[Row]:
+    rows, current = list[Row](), ""
+    for job in jobs:
+        if job.target != current:
+            current = job.target
+            begun(current)
+        rows += next(found)
+    return rows
 
 
 def representative(target: str) -> Iterator[Job]:

@@ -74,12 +74,11 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(group: str) -> None:
-    jobs: list[tuple[str, Callable[[], dict[str, float]]]]
-    if group == "lists":
-        jobs = [(f"{e.name} {k}", lambda e=e, k=k: lists(e, k)) for e in masks() for k in (False, True)]
-    else:
-        jobs = [(e.name, lambda e=e: walked(e)) for e in (*masks(), *biased()) if e.name.startswith(group)]
+def main(groups: list[str]) -> None:
+    jobs: list[tuple[str, Callable[[], dict[str, float]]]] = []
+    if "lists" in groups:
+        jobs += [(f"lists of {e.name} {k}", lambda e=e, k=k: lists(e, k)) for e in masks() for k in (False, True)]
+    jobs += [(e.name, lambda e=e: walked(e)) for e in (*masks(), *biased()) if e.name.startswith(tuple(groups))]
     for name, job in jobs:
         try:
             line = {"name": name, "errors": job()}
@@ -89,4 +88,4 @@ def main(group: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -68,7 +68,7 @@ def different(s: AttentionSite, family: Family, device: torch.device, times: int
 
 def main(names: list[str]) -> None:
     for name in names or CASES:
-        row: dict[str, Any] = {"case": name}
+        row: dict[str, Any] = {"name": name}
         try:
             row["different"] = different(CASES[name], "flash", torch.device("cpu"), times=2)
         except Exception:

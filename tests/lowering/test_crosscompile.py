@@ -62,6 +62,14 @@ def test_linear_attention_compiles(target: str) -> None:
     assert [row for row in rows if not row.ok] == []
 
 
+def test_each_target_is_told_before_its_first_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("attnfx.lowering.crosscompile.compile_job", lambda job: (told.append(job.head_dim), [])[1])
+    jobs = [Job("causal", torch.bfloat16, head_dim, target) for target in ("sm80", "sm90") for head_dim in (64, 128)]
+    assert check(["sm80", "sm90"], jobs, processes=1, begun=told.append) == []
+    assert told == ["sm80", 64, 128, "sm90", 64, 128]
+
+
 def test_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="sm70"):
         check(["sm70"])

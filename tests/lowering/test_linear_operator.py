@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import rows
 from linear_cases import CASES, SMALL, Case, distances, operands, oracle
 from torch import Tensor
 from torch.library import opcheck
 
-HERE = Path(__file__).parent
 OPS: Any = torch.ops.attnfx
 
 
@@ -33,13 +29,7 @@ def test_half_precision_is_summed_in_float32(case: Case) -> None:
 
 @pytest.mark.interpreter
 def test_kernels_are_the_formula() -> None:
-    pytest.importorskip("triton")
-    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-W", "ignore", str(HERE / "linear_script.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout)
+    (found,) = rows(Path(__file__).parent / "linear_script.py")
     assert set(found) == {case.name for case in SMALL} | {f"{case.name}, walked" for case in SMALL if case.causal}
     far = {name: distances for name, distances in found.items() if not max(distances.values()) < 1e-5}
     assert not far, far

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sympy
 import torch
+from interpreted import beyond, check
 from lowering_sites import BATCH, HEADS, KEYS, QUERIES, SCALED, B, Example, H, J, causal, distance, inputs, load, random, side, site
 from sink_cases import LEARNED, errors, examples, interpreted, plan_text
 from torch import Tensor
@@ -25,13 +20,8 @@ from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.portable import aten
 from attnfx.site import AttentionSite
 
-SCRIPT = Path(__file__).parent / "sink_cases.py"
 S0, S1 = sympy.symbols("s0 s1", integer=True, positive=True)
 SINK = site(keep=causal(), sink=load(0, H), side=(LEARNED,))
-
-
-def beyond(found: dict[str, float], limit: float) -> dict[str, float]:
-    return {name: error for name, error in found.items() if not error <= limit}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-5)], ids=["float64", "float32"])
@@ -40,24 +30,10 @@ def test_blocks_are_the_reference(example: Example, dtype: torch.dtype, toleranc
     assert beyond(errors(example, "portable", dtype), tolerance) == {}
 
 
-@lru_cache(maxsize=1)
-def _lines() -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton")
-    paths = [str(SCRIPT.parent), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["name"]: line for line in lines}
-
-
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", [e.name for e in interpreted()])
 def test_kernels_are_the_reference(name: str) -> None:
-    line = _lines()[name]
-    assert "failure" not in line, line["failure"]
-    assert beyond(line["errors"], 3e-5) == {}
+    check(Path(__file__).parent / "sink_cases.py", name, tolerance=3e-5)
 
 
 @pytest.mark.gpu

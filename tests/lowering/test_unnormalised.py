@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreted import beyond
+from interpreted import rows as rows_of
 from lowering_sites import HEADS, Example, H, load, side, site
 from sink_cases import plan_text
 from unnormalised_cases import INTERPRETED, errors, examples, rows
@@ -17,12 +15,6 @@ from unnormalised_cases import INTERPRETED, errors, examples, rows
 from attnfx.lowering import vendor
 from attnfx.lowering.plan import make_plan
 from attnfx.site import AttentionSite
-
-HERE = Path(__file__).parent
-
-
-def beyond(found: dict[str, float], bound: float) -> dict[str, float]:
-    return {name: error for name, error in found.items() if not error <= bound}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -33,15 +25,9 @@ def test_the_blocks_are_the_reference(example: Example, dtype: torch.dtype) -> N
 
 @pytest.mark.interpreter
 def test_the_kernels_are_the_reference_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-W", "ignore", str(HERE / "unnormalised_cases.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert set(lines) == set(INTERPRETED), done.stderr[-2000:]
-    assert {name: line["failure"] for name, line in lines.items() if "failure" in line} == {}
-    assert {name: over for name, line in lines.items() if (over := beyond(line["errors"], 3e-5))} == {}
+    found = rows_of(Path(__file__).parent / "unnormalised_cases.py")
+    assert {row["name"] for row in found} == set(INTERPRETED)
+    assert {row["name"]: over for row in found if (over := beyond(row["errors"], 3e-5))} == {}
 
 
 @pytest.mark.gpu

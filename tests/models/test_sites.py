@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
+from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
 import attnfx
-from attnfx.testing import AtenLog, GraphLog, peak_bytes, square_tensors
+from attnfx.testing import GraphLog, peak_bytes, square_tensors
 from tests.models import compare
 from tests.models.zoo import NEVER_SQUARE, ZOO
 
 LONG = 2113  # longer than every width of the models and than every tile, so that only S x S has two such axes
+GROWTH = 2.3  # of the peak of memory with twice the length
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -51,18 +57,6 @@ def test_no_square_tensor_after_rewriting(name: str, mask: str) -> None:
     assert not any(squares), f"{name}: S x S tensors in the rewritten graph: {squares}"
 
 
-@pytest.mark.parametrize("name", NEVER_SQUARE)
-def test_no_square_tensor_in_a_training_step(name: str) -> None:
-    """In the forward and backward graphs of ATen operators, where whatever our lowering expands to shows."""
-    model, kwargs = ZOO[name].build(length=LONG, batch=1)
-    model.train()
-    log = AtenLog()
-    compare.gradients(model, compare.compiled(model, inner=log), kwargs)
-    assert len(log.graphs) >= 2, "no forward and backward graph was seen"
-    squares = [square_tensors(gm, LONG - 8) for gm in log.graphs]
-    assert not any(squares), f"{name}: S x S tensors in the compiled graphs: {squares}"
-
-
 def test_square_tensors_finds_what_eager_models_hold() -> None:
     """The helper must be able to fail: an untouched graph of the same model is full of S x S tensors."""
     model, kwargs = ZOO["llama-eager"].build(length=301, batch=1)
@@ -77,31 +71,53 @@ def test_square_tensors_finds_what_eager_models_hold() -> None:
     assert square_tensors(log.graphs[0], 301) == recorded, "shapes propagated anew differ from those recorded"
 
 
+@dataclass
+class AotEagerLog(GraphLog):
+    """What "aot_eager" runs, and the graphs of ATen operators, forward and backward, where what our lowering expands to shows."""
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def keep(aten: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            self.graphs.append(aten)
+            return boxed_nop(aten, inputs)
+
+        return aot_eager(gm, list(example_inputs), fw_compiler=keep, bw_compiler=keep)
+
+
+def least_peak(step: Callable[[], object], enough: float = 0.0) -> int:
+    """The least of two measured peaks, or the first where that is small enough."""
+    found = peak_bytes(step)
+    return found if found <= enough else min(found, peak_bytes(step))
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", NEVER_SQUARE)
-def test_memory_grows_linearly(name: str, training: bool) -> None:
+def test_memory_grows_linearly_and_no_operator_makes_a_square_tensor(name: str, training: bool) -> None:
     """Twice the length takes about twice the memory; with one S x S tensor of bytes it would take three times."""
-    peaks = []
+    peaks: list[int] = []
     for length in (LONG, 2 * LONG):
         torch._dynamo.reset()
         model, kwargs = ZOO[name].build(length=length, batch=1)
         model.train(training)
-        call = compare.compiled(model, inner="aot_eager")
+        log = AotEagerLog()
+        call = compare.compiled(model, inner=log)
         step = partial(compare.gradients, model, call, kwargs) if training else partial(call, **kwargs)
         with torch.set_grad_enabled(training):
             step()
-            peaks.append(min(peak_bytes(step) for _ in range(2)))
-    assert peaks[1] <= 2.3 * peaks[0], f"{name}: peak grew {peaks[1] / peaks[0]:.2f} times: {peaks} bytes"
+            peaks.append(least_peak(step, enough=GROWTH * peaks[0] if peaks else 0.0))
+        assert len(log.graphs) >= 1 + training, "no forward and backward graph was seen"
+        squares = [square_tensors(gm, length - 8) for gm in log.graphs]
+        assert not any(squares), f"{name}: S x S tensors in the compiled graphs: {squares}"
+    assert peaks[1] <= GROWTH * peaks[0], f"{name}: peak grew {peaks[1] / peaks[0]:.2f} times: {peaks} bytes"
 
 
 @pytest.mark.parametrize("name", ["llama-sdpa"])
 def test_memory_grows_linearly_through_inductor(name: str) -> None:
-    peaks = []
+    peaks: list[int] = []
     for length in (LONG, 2 * LONG):
         torch._dynamo.reset()
         model, kwargs = ZOO[name].build(length=length, batch=1)
         call = compare.compiled(model)
         with torch.no_grad():
             call(**kwargs)
-            peaks.append(min(peak_bytes(partial(call, **kwargs)) for _ in range(2)))
-    assert peaks[1] <= 2.3 * peaks[0], f"{name}: peak grew {peaks[1] / peaks[0]:.2f} times: {peaks} bytes"
+            peaks.append(least_peak(partial(call, **kwargs), enough=GROWTH * peaks[0] if peaks else 0.0))
+    assert peaks[1] <= GROWTH * peaks[0], f"{name}: peak grew {peaks[1] / peaks[0]:.2f} times: {peaks} bytes"

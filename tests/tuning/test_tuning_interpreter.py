@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("triton")
+from interpreted import printed
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.interpreter
@@ -20,12 +16,9 @@ pytestmark = pytest.mark.interpreter
 @pytest.fixture
 def searched(tmp_path: Path) -> Any:
     def run(name: str) -> Any:
-        paths = [str(HERE), str(HERE.parent / "lowering"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-        more = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "ATTNFX_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, "-W", "ignore", str(HERE / "tuning_script.py"), name]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | more, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout)
+        return json.loads(
+            printed(HERE / "tuning_script.py", name, PYTHONPATH=str(HERE.parent / "lowering"), ATTNFX_CACHE_DIR=str(tmp_path))
+        )
 
     return run
 
