@@ -313,7 +313,7 @@ def _serve_linear(
         why = mirror.reason or forward_mode() or inside or refused.get(name)
         try:
             if not why:
-                splicer.splice(match, linear_caller(splicer, kernel))
+                splicer.splice(match, linear_caller(splicer, kernel, origin.module or origin.node))
         except Exception as error:
             if options.strict:
                 raise

@@ -40,8 +40,9 @@ class Composition:
     plans: tuple[KernelPlan, ...]
 
 
-def composed(variant: Variant, site: AttentionSite, family: Family) -> Composition | tuple[str, ...]:
-    """What ``variant`` composes in place of ``site``, or why it cannot."""
+def composed(variant: Variant, site: AttentionSite, family: Family, device: str = "") -> Composition | tuple[str, ...]:
+    """What ``variant`` composes in place of ``site``, or why it cannot. ``device``: where tables are made that are only looked at
+    here, the site's by default."""
     graph = fx.Graph()
     tracer = _Tracer(graph, lambda tensor: graph.create_node("get_attr", "held"))
     operands: list[Any] = [fx.Proxy(graph.placeholder(name), tracer) for name in ("query", "key", "value")]
@@ -56,7 +57,7 @@ def composed(variant: Variant, site: AttentionSite, family: Family) -> Compositi
         return int(size) if size.is_Integer else tracer.create_proxy("placeholder", str(size), (), {})
 
     try:
-        variant.compose(_Traced(tracer, site, loads, torch.device(site.device), family, number, core), *operands)
+        variant.compose(_Traced(tracer, site, loads, torch.device(device or site.device), family, number, core), *operands)
     except Unplannable as failure:
         return failure.reasons
     return Composition(variant, family, tuple(planned))
@@ -78,7 +79,11 @@ def written(splicer: Splicer, made: Composition, site: AttentionSite, device: to
 
         proxies: list[Any] = [fx.Proxy(node, tracer) for node in (query, key, value)]
         side = [fx.Proxy(node, tracer) for node in loads]
+        before = len(splicer.made)
         out: Any = made.variant.compose(_Traced(tracer, site, side, device, made.family, number, core), *proxies)
+        for node in splicer.made[before:]:
+            if str(node.target).startswith("attnfx.linear_attention"):
+                node.kwargs = {**node.kwargs, "site": site.origin.module or site.origin.node}
         return out.node  # type: ignore[no-any-return]
 
     return call
