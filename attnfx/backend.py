@@ -21,7 +21,7 @@ from attnfx.calling import bias_forms, caller, kernel_source, linear_caller
 from attnfx.capture import capture
 from attnfx.composites import expand_composites
 from attnfx.constants import Constants
-from attnfx.decide import Decision, decide, subject
+from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, Objection, UnknownOption, VerificationError
 from attnfx.graph_view import view
 from attnfx.guarded import guarded
@@ -40,6 +40,7 @@ from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
 from attnfx.patterns.relation import relation
 from attnfx.policy import Policy
+from attnfx.policy_warnings import policy_warnings
 from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.rewrite import Splicer
@@ -93,7 +94,7 @@ def rewrite(gm: fx.GraphModule, options: Options, inputs: Sequence[Any] = ()) ->
             done = _verified(gm, options, inputs, done, given)
         if done.gm is not gm:
             buffers.guard(given)
-        for text in (warned := _policy_warnings(options, done.report.sites)):
+        for text in (warned := policy_warnings(options.policy, done.report)):
             logs.warn(text)
         return done.gm, replace(done.report, policy_warnings=warned, breaks=break_of(gm))
     except AttnfxError:
@@ -317,7 +318,7 @@ def _serve_linear(
         why = mirror.reason or forward_mode() or inside or refused.get(name)
         try:
             if not why:
-                splicer.splice(match, linear_caller(splicer, kernel))
+                splicer.splice(match, linear_caller(splicer, kernel, origin.module or origin.node))
         except Exception as error:
             if options.strict:
                 raise
@@ -350,14 +351,6 @@ def _relation(mirror: Mirror, match: Match | LinearMatch, policy: Policy) -> str
 def _missed(mirror: Mirror, miss: NearMiss) -> Missed:
     origin = origin_of(mirror, miss.node)
     return Missed(origin.module, miss.reason, miss.node.name, origin.source)
-
-
-def _policy_warnings(options: Options, sites: Sequence[SiteReport]) -> tuple[str, ...]:
-    names = ", ".join(dict.fromkeys(s.module for s in sites)) or "none"
-    return tuple(
-        f"The policy's rule {rule} matches no attention of this graph; it has: {names}."
-        for rule in options.policy.unmatched(subject(s.site) for s in sites)
-    )
 
 
 __all__ = ["UnknownOption", "attnfx", "listeners", "rewrite"]

@@ -13,6 +13,7 @@ from attnfx.laid_beside import laid_beside
 from attnfx.lowering import form_text
 from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.plan import KernelPlan, choices
+from attnfx.lowering.timeline import NOTE
 from attnfx.rewrite import Splicer
 
 
@@ -29,8 +30,11 @@ def caller(splicer: Splicer, decision: Decision, device: torch.device) -> Callab
             query, key, loads = laid_beside(splicer, decision.beside, query, key, loads)
         if isinstance(kernel, KernelPlan):
             return attention_node(splicer, kernel, site, query, key, value, loads)
-        args = (query, key, value, site.facts.causal, site.scale, site.dropout)
-        return graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
+        name = site.origin.module or site.origin.node
+        args = (query, key, value, site.facts.causal, site.scale, site.dropout, name)
+        node = graph.call_function(torch.ops.attnfx.vendor_attention.default, args)
+        node.meta["custom"] = {NOTE: name}
+        return node
 
     return call
 
@@ -55,12 +59,12 @@ def kernel_source(decision: Decision) -> str | None:
     return "\n\n".join(dict.fromkeys(codegen.source(p) for p in generated))
 
 
-def linear_caller(splicer: Splicer, plan: LinearPlan) -> Callable[..., fx.Node]:
-    """What makes the node of linear attention from canonical operands."""
+def linear_caller(splicer: Splicer, plan: LinearPlan, site: str) -> Callable[..., fx.Node]:
+    """What makes the node of linear attention from canonical operands; ``site`` names it in a timeline."""
     import attnfx.lowering.ops  # noqa: F401 - registers the operators
 
     def call(query: fx.Node, key: fx.Node, value: fx.Node, loads: Sequence[fx.Node]) -> fx.Node:
-        args = (query, key, value, list(loads), [splicer.number(s) for s in plan.symbols], plan.to_json())
+        args = (query, key, value, list(loads), [splicer.number(s) for s in plan.symbols], plan.to_json(), site)
         return splicer.graph.call_function(torch.ops.attnfx.linear_site.default, args)
 
     return call

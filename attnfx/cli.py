@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnfx.cli_policy import app as policy_app
+from attnfx.completion import policies, target_names, variant_names
 from attnfx.errors import AttnfxError
 
 app = typer.Typer(
@@ -84,7 +86,9 @@ def explain(
         str | None,
         typer.Option(metavar="PACKAGE.MODULE:FN", help="A function that returns (args, kwargs) or args for the model."),
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="A policy file, or a preset: which variant for which layers.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(autocompletion=policies, help="A policy file, or a preset: which variant for which layers.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the report as one HTML file.")] = None,
     kernels: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write the source of each kernel that is generated for a GPU.")
@@ -93,6 +97,7 @@ def explain(
         str | None,
         typer.Option(
             metavar="TARGET",
+            autocompletion=target_names,
             help="With --kernels: also what they compile to, without a GPU: sm90, or sm90,gfx942. With --html: their registers.",
         ),
     ] = None,
@@ -144,7 +149,7 @@ def explain(
 
 @app.command()
 def variants(
-    name: Annotated[str | None, typer.Argument(help="One variant; all of them without it.")] = None,
+    name: Annotated[str | None, typer.Argument(autocompletion=variant_names, help="One variant; all of them without it.")] = None,
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The gallery of the docs: pictures, docstrings, papers.")] = False,
 ) -> None:
@@ -175,15 +180,25 @@ def variants(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
+def bench(context: typer.Context, as_json: Json = False) -> None:
     """Run the whole-model benchmark of a clone of the repository; what follows `bench` is passed on to it.
+
+    Example: [bold]attnfx bench --quick --rows 'llama*' --json[/bold]
 
     [bold]attnfx bench -- --help[/bold] prints the benchmark's own options.
     """
     if not Path("benchmarks/models.py").is_file():
         problems.print("The benchmarks are in the repository, not in the installed package: run this in a clone of it.")
         raise typer.Exit(2)
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks.models", *context.args]))
+    command = [sys.executable, "-m", "benchmarks.models", *context.args]
+    if not as_json:
+        raise typer.Exit(subprocess.call(command))
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        code = subprocess.call([*command, "--out", str(results)], stdout=sys.stderr)
+        if results.is_file():
+            print(results.read_text(encoding="utf-8"), end="")
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -199,7 +214,9 @@ def tune(
         str | None,
         typer.Option(metavar="PACKAGE.MODULE:FN", help="A function that returns (args, kwargs) or args for the model."),
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="A policy file, or a preset: which variant for which layers.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(autocompletion=policies, help="A policy file, or a preset: which variant for which layers.")
+    ] = None,
     budget: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="For each attention and shape.")] = 60.0,
     backward: Annotated[bool, typer.Option("--backward", help="Tune the gradients' kernels too.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Search also for what is remembered.")] = False,
@@ -248,7 +265,9 @@ def tune(
 def doctor(
     targets: Annotated[
         str | None,
-        typer.Option(help="Also compile every kernel for these, without a GPU: sm80,sm90,sm100,gfx942."),
+        typer.Option(
+            autocompletion=target_names, help="Also compile every kernel for these, without a GPU: sm80,sm90,sm100,gfx942."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

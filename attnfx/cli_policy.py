@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from attnfx.completion import policies, preset_names
 from attnfx.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def check(
     """Say everything that is wrong with policy files: file, line, key, what was found, what is allowed. Exit code 1 if anything is.
 
     Nothing of the files is executed, and no other file is read.
+
+    Example: [bold]attnfx policy check policy.toml[/bold]
     """
     found = {str(path): _checked(path) for path in files}
     problems = [problem for policy, listed in found.values() for problem in listed]
@@ -52,12 +55,15 @@ def check(
 
 @app.command()
 def schema(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as it does without this.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The page of the docs that is made from it.")] = False,
 ) -> None:
     """Print the JSON schema of policy files, with which editors complete and check them.
 
     JSON files name it under "$schema"; TOML files in a first line "#:schema FILE" (Taplo), YAML files in
     "# yaml-language-server: $schema=FILE".
+
+    Example: [bold]attnfx policy schema > policy.schema.json[/bold]
     """
     from attnfx.policy_page import markdown
     from attnfx.policy_schema import schema
@@ -70,7 +76,10 @@ def schema(
 
 @app.command()
 def presets(
-    name: Annotated[str | None, typer.Argument(help="One preset, printed as a file; a list of all without it.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(autocompletion=preset_names, help="One preset, printed as a file; a list of all without it."),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """List the policies that have names, or print one as TOML to begin a file with.
@@ -92,11 +101,14 @@ def presets(
 
 @app.command()
 def diff(
-    before: Annotated[str, typer.Argument(metavar="A", help="A policy file, or the name of a preset.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    before: Annotated[str, typer.Argument(metavar="A", autocompletion=policies, help="A policy file, or the name of a preset.")],
+    after: Annotated[str, typer.Argument(metavar="B", autocompletion=policies, help="Another one.")],
     as_json: _Json = False,
 ) -> None:
-    """Say which rules of two policies differ, in order. Exit code 0 where none does, 1 where some do."""
+    """Say which rules of two policies differ, in order. Exit code 0 where none does, 1 where some do.
+
+    Example: [bold]attnfx policy diff streaming policy.toml[/bold]
+    """
     from attnfx.policy import Policy
     from attnfx.policy_diff import changes
 

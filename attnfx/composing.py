@@ -50,9 +50,11 @@ class Composition:
 
 
 def composed(
-    variant: Variant, site: AttentionSite, family: Family, stood: AttentionSite | None = None, known: Known | None = None
-) -> Composition | tuple[str, ...]:
-    """What ``variant`` composes in place of ``site``, or why it cannot. ``known``: what the graph tells, its inputs by name."""
+    variant: Variant, site: AttentionSite, family: Family, stood: AttentionSite | None = None, known: Known | None = None,
+    device: str = "",
+) -> Composition | tuple[str, ...]:  # fmt: skip
+    """What ``variant`` composes in place of ``site``, or why it cannot. ``known``: what the graph tells, its inputs by name;
+    ``device``: where tables are made that are only looked at here, the site's by default."""
     graph = fx.Graph()
     tracer = _Tracer(graph, lambda tensor: graph.create_node("get_attr", "held"))
     operands: list[Any] = [fx.Proxy(graph.placeholder(name), tracer) for name in ("query", "key", "value")]
@@ -74,7 +76,8 @@ def composed(
 
     made = Composition(variant, family, (), stood)
     try:
-        made.compose(_Traced(tracer, site, loads, torch.device(site.device), family, number, core, given), *operands)
+        where = torch.device(device or site.device)
+        made.compose(_Traced(tracer, site, loads, where, family, number, core, given), *operands)
     except Unplannable as failure:
         return failure.reasons
     return replace(made, plans=tuple(planned))
@@ -102,7 +105,11 @@ def written(splicer: Splicer, made: Composition, site: AttentionSite, device: to
 
         proxies: list[Any] = [fx.Proxy(node, tracer) for node in (query, key, value)]
         side = [fx.Proxy(node, tracer) for node in loads]
+        before = len(splicer.made)
         out: Any = made.compose(_Traced(tracer, site, side, device, made.family, number, core, given), *proxies)
+        for node in splicer.made[before:]:
+            if str(node.target).startswith("attnfx.linear_attention"):
+                node.kwargs = {**node.kwargs, "site": site.origin.module or site.origin.node}
         return out.node  # type: ignore[no-any-return]
 
     return call

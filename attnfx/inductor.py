@@ -21,24 +21,33 @@ from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from attnfx.vendor_names import Named, Noted, names
+
 _BARRIER = operator.pos
 _MADE = "attnfx_barrier"
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], mode: str) -> Callable[..., Any]:
-    """``gm`` compiled by Inductor in ``mode``; every attention in it stays as it is written."""
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], mode: str, timeline: bool = False) -> Callable[..., Any]:
+    """``gm`` compiled by Inductor in ``mode``; every attention in it stays as it is written. ``timeline``: those that run
+    as torch's own kernels bear their names there."""
     from torch._inductor.compile_fx import compile_fx
 
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches(mode)))
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches(mode, names(gm) if timeline else ())))
 
 
-def patches(mode: str = "default") -> dict[str, Any]:
-    """What a compile in ``mode`` changes of Inductor's configuration, for itself."""
+def patches(mode: str = "default", sites: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a compile in ``mode`` changes of Inductor's configuration, for itself; ``sites`` are names for a timeline."""
     from torch._inductor import list_mode_options
 
     changed: dict[str, Any] = dict(list_mode_options(mode)) if mode != "default" else {}
     changed["joint_custom_pre_pass"] = Passes(_listed(config.joint_custom_pre_pass), Guard())
-    changed["joint_custom_post_pass"] = Passes(Release(), _listed(config.joint_custom_post_pass))
+    changed["joint_custom_post_pass"] = Passes(
+        Release(), *([Noted(sites)] if sites else []), _listed(config.joint_custom_post_pass)
+    )
+    if sites:
+        import attnfx.lowering.vendor_names  # noqa: F401 - registers the operators, which a graph from a cache calls
+
+        changed["post_grad_custom_post_pass"] = Passes(_listed(config.post_grad_custom_post_pass), Named(sites))
     return changed
 
 

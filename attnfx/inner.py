@@ -26,7 +26,7 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Cal
         return cast(Callable[..., Any], compiler(gm, inputs))
     from attnfx import inductor
 
-    return inductor.compile_graph(gm, inputs, options.mode)
+    return inductor.compile_graph(gm, inputs, options.mode, options.timeline)
 
 
 def _verified(compiled: Callable[..., Any], original: fx.GraphModule, options: Options) -> Callable[..., Any]:

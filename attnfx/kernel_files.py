@@ -103,7 +103,7 @@ def _plans(site: SiteReport) -> Sequence[KernelPlan | str]:
 
     there = site.site.replace(device="cuda")
     if site.variant is not None and site.variant.is_composed():
-        made = composed(site.variant, there, "flash")
+        made = composed(site.variant, there, "flash", device="cpu")
         return made if isinstance(made, tuple) else made.plans
     plan = make_plan(there, "flash")
     return [plan] if isinstance(plan, KernelPlan) else plan

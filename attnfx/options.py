@@ -31,6 +31,8 @@ class Options:
     "search" with modes that begin with "max-autotune".
     ``buffers``: "read", masks and positions that a module keeps as buffers
     are read when the graph is compiled, and compiled anew when they change (:mod:`attnfx.buffers`); "ignore", they are data.
+    ``timeline``: attentions that run as torch's own kernels have names in a profiler's timeline under Inductor too, for some
+    15 microseconds of the host a call; generated kernels always have theirs.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -41,6 +43,7 @@ class Options:
     mode: str = "default"
     tune: str | None = None
     buffers: str = "read"
+    timeline: bool = False
 
     @property
     def searches(self) -> bool:
@@ -57,7 +60,7 @@ class Options:
                 raise UnknownOption(f'attnfx has no option "{key}"; it has {listing(known)}.{nearest(str(key), known)}')
         if mode is not None:
             given.setdefault("mode", mode)
-        for name, also in (("strict", ()), ("verify", ("first",))):
+        for name, also in (("strict", ()), ("timeline", ()), ("verify", ("first",))):
             if not isinstance(given.get(name, False), bool) and given[name] not in also:
                 allowed = "".join(f', or "{value}"' for value in also)
                 raise UnknownOption(f'The option "{name}" is {given[name]!r}; it must be True or False{allowed}.')

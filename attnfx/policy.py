@@ -55,6 +55,20 @@ class Policy:
         found = [Subject(subject) if isinstance(subject, str) else subject for subject in subjects]
         return [rule for rule in self.rules if rule.expected(found) and not any(map(rule.matches, found))]
 
+    def shadowed(self, subjects: Iterable[Subject]) -> list[tuple[int, tuple[int, ...]]]:
+        """The rules that match some of these attentions and can serve none, as earlier rules take them all: their places in
+        `rules`, and the places of those earlier rules. A rule for every attention counts only behind another such."""
+        found, taken = list(subjects), []
+        for place, rule in enumerate(self.rules):
+            mine = [subject for subject in found if rule.takes(subject, surely=False)]
+            before = [next((n for n in range(place) if self.rules[n].takes(s, surely=True)), None) for s in mine]
+            earlier = tuple(sorted({n for n in before if n is not None}))
+            if not mine or None in before or not rule.expected(found):
+                continue
+            if not rule.is_wish or all(self.rules[n].is_wish for n in earlier):
+                taken.append((place, earlier))
+        return taken
+
     @property
     def asks_for_kinds(self) -> bool:
         """Whether a rule has to know what kind of attention it sees."""

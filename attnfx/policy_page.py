@@ -119,6 +119,9 @@ that ends with "keep" never is an error.
 *Rules that match nothing* are a warning after each compile, with the modules that there are; but for rules of another phase, and
 for rules of kinds, patterns or devices that only keep.
 
+*Rules that cannot fire*, since earlier rules take all that they match, are a warning as well, with the places of those rules;
+and so are rules that match only what stays as the model computes it, with the reason.
+
 ## Policies over policies
 
 `base | override` tries the rules of `override` first, then those of `base`; the default is that of `override` if it has one:

@@ -118,6 +118,8 @@ class Splicer:
         for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
             if name in old.meta:
                 called.meta[name] = old.meta[name]
+        if notes := {**(old.meta.get("custom") or {}), **called.meta.get("custom", {})}:
+            called.meta["custom"] = notes
         axes: list[Axis] = [layout.batch, heads, (layout.i,)]
         for kind, row in match.rows:
             known = self.mirror.dynamo_of[row.node]

@@ -126,6 +126,19 @@ class Rule:
         phases = {subject.phase for subject in subjects}
         return self.phase is None or None in phases or not phases or not phases.isdisjoint(as_tuple(self.phase))
 
+    def takes(self, subject: Subject, surely: bool) -> bool:
+        """Whether it is the rule for an attention, whatever its sizes are (``surely``), or of some sizes."""
+        known = subject.phase is None or self.phase is None or subject.phase in as_tuple(self.phase)
+        unknown = (
+            (self.phase, subject.phase),
+            (self.kind, subject.kinds),
+            (self.pattern, subject.pattern),
+            (self.device, subject.device),
+        )
+        if surely and (self.condition is not None or any(want is not None and found is None for want, found in unknown)):
+            return False
+        return known and self.matches(subject)
+
     def serves(self, subject: Subject | str, phase: str, sizes: Mapping[str, Any]) -> bool:
         """Whether it is the rule for an attention in this phase, of these sizes."""
         if not self.matches(subject) or (self.phase is not None and phase not in as_tuple(self.phase)):

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from attnfx.levels import closed
+from attnfx.lowering.timeline import NOTE
 from attnfx.mirror import Mirror
 
 #: Operators that run their first argument, a graph, once, with the rest of their arguments.
@@ -184,8 +185,11 @@ def unnamed(gm: fx.GraphModule, name: str, inner: fx.GraphModule) -> None:
     for module in inner.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
-                if str(node.target).startswith("attnfx.attention"):
+                if str(node.target).startswith(("attnfx.attention", "attnfx.linear_site", "attnfx.vendor_attention")):
                     node.args = node.args[:6]
+                    node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != NOTE}
+                elif str(node.target).startswith("attnfx.linear_attention"):
+                    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "site"}
             module.recompile()
 
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import attnfx
-from attnfx import cli, doctor, versions
+from attnfx import cli, completion, doctor, versions
 from attnfx.cli import app
 from attnfx.demo import Settings, run
 from attnfx.errors import AttnfxError, UnknownOption
@@ -277,13 +277,29 @@ def test_demo_shows_why_a_measurement_failed(monkeypatch: pytest.MonkeyPatch) ->
         run(Settings(length=32, layers=1, repeats=1), cli.console)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["explain"], ["variants"], ["bench"], ["tune"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["demo"],
+        ["explain"],
+        ["variants"],
+        ["bench"],
+        ["tune"],
+        ["doctor"],
+        ["policy", "check"],
+        ["policy", "schema"],
+        ["policy", "presets"],
+        ["policy", "diff"],
+    ],
+)
 def test_help(command: list[str]) -> None:
     result = _run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
     assert command or "Exit codes: 0 it is done; 1 it failed" in result.stdout
-    assert not command or command == ["bench"] or f"attnfx {command[0]} " in result.stdout, "an example"
+    assert not command or f"attnfx {' '.join(command)} " in result.stdout, "an example"
+    assert not command or "--json" in result.stdout
 
 
 def test_module_is_the_command_line_and_help_needs_no_torch() -> None:
@@ -299,3 +315,39 @@ def test_public_names() -> None:
     assert attnfx.Report is Report
     with pytest.raises(AttributeError, match="no attribute 'explian'"):
         _ = attnfx.explian
+
+
+def test_names_are_completed_without_torch() -> None:
+    script = "from attnfx import cli, completion as c; import json, sys; print(json.dumps([c.variant_names('Sli'), \
+c.preset_names('st'), c.target_names('sm80,gfx'), 'torch' in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [["SlidingWindow"], ["streaming"], ["sm80,gfx942"], False]
+
+
+def test_names_that_are_completed_are_those_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnfx.lowering.configs import SHARED_LIMIT
+    from attnfx.presets import presets
+
+    assert completion.variant_names() == sorted(attnfx.variants.all())
+    assert completion.preset_names() == list(presets())
+    assert completion.target_names() == list(SHARED_LIMIT)
+    monkeypatch.chdir(tmp_path)
+    for name in ("streams.toml", "streams.txt", "sub"):
+        (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
+    assert completion.policies("s") == ["streaming", "streams.toml", "sub/"]
+
+
+def test_bench_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "models.py").write_text(
+        "import json, pathlib, sys\nprint('progress')\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps(sys.argv[1:-1]))\nsys.exit(1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "attnfx", "bench", "--quick", "--json"], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    )  # fmt: skip
+    assert (done.returncode, json.loads(done.stdout)) == (1, ["--quick", "--out"])
+    assert "progress" in done.stderr

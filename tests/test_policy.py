@@ -5,9 +5,14 @@ import pickle
 from pathlib import Path
 
 import pytest
+from test_site import site
 
 from attnfx.errors import PolicyError
 from attnfx.policy import Policy, Rule
+from attnfx.policy_warnings import policy_warnings
+from attnfx.report import Missed, Report, SiteReport
+from attnfx.rule import Subject
+from attnfx.site import Origin
 from attnfx.variants import SlidingWindow
 
 WINDOW = SlidingWindow(window=1024, sinks=4)
@@ -74,6 +79,38 @@ def test_unmatched_rules_are_found() -> None:
     policy = Policy([Rule("model.*"), Rule("modle.*", WINDOW)])
     assert policy.unmatched(iter(["model.layers.0"])) == [policy.rules[1]]
     assert policy.unmatched([]) == list(policy.rules)
+
+
+def test_rules_that_earlier_ones_shadow_are_found() -> None:
+    here = [Subject(f"model.layers.{n}", frozenset({"self"}), "softmax", "cpu", "prefill") for n in range(4)]
+
+    def shadowed(*rules: Rule) -> list[tuple[int, tuple[int, ...]]]:
+        return Policy(rules).shadowed(here)
+
+    some, rest = Rule("model.layers.[0-1]", "keep"), Rule("model.layers.[2-3]", WINDOW)  # type: ignore[arg-type]
+    assert shadowed(Rule("model.*", WINDOW), some, rest) == [(1, (0,)), (2, (0,))]
+    assert shadowed(some, rest, Rule("*.layers.*", WINDOW)) == [(2, (0, 1))]
+    assert shadowed(some, Rule("model.*", WINDOW), Rule("vision.*", WINDOW)) == []
+    assert shadowed(Rule("model.*", WINDOW, when="kv_len >= 9"), some) == []
+    assert shadowed(Rule("model.*", WINDOW, phase="decode"), some) == []
+    assert shadowed(Rule("model.*", WINDOW, phase="prefill"), Rule("model.*", None, phase="decode"), some) == [(2, (0,))]
+    assert shadowed(some, rest, Rule("*", WINDOW)) == []
+    assert shadowed(Rule("*", WINDOW), Rule("*", None, kind="causal"), Rule("*", WINDOW)) == [(2, (0,))]
+    assert Policy([Rule(kind="self", variant=WINDOW), rest]).shadowed([Subject("model.layers.2")]) == []
+
+
+def test_warnings_say_which_rule_comes_before_and_what_stays() -> None:
+    sites = tuple(
+        SiteReport(str(n), f"layers.{n}", "softmax", site(origin=Origin(f"layers.{n}")), "flash", None, "", True) for n in range(2)
+    )
+    report = Report(sites, (Missed("layers.2", "its dropout differs from call to call", "bmm"),))
+    policy = Policy([Rule("layers.*", "keep"), Rule("layers.1", WINDOW), Rule("*.2", WINDOW), Rule("layer.*", WINDOW)])  # type: ignore[arg-type]
+    stays, lost, behind = policy_warnings(policy, report)
+    assert stays.endswith("matches only what stays as the model computes it, layers.2: its dropout differs from call to call")
+    assert lost.startswith('The policy\'s rule "layer.*"')
+    assert lost.endswith("matches no attention of this graph; it has: layers.0, layers.1.")
+    assert behind.startswith('The policy\'s rule 2, "layers.1" -> SlidingWindow(')
+    assert behind.endswith('serve no attention of this graph: rule 1, "layers.*", comes before it and matches all that it matches.')
 
 
 def test_policies_are_values() -> None:

@@ -1,8 +1,10 @@
 """The parts of the report's page: typeset formulas, blocks of masks, costs, the two graphs, and what was not chosen."""
 
 import difflib
+import re
 import xml.etree.ElementTree as ET
 from html import unescape
+from pathlib import Path
 
 import pytest
 import sympy
@@ -16,11 +18,12 @@ from attnfx.considered import WAYS
 from attnfx.expr import Int, Load
 from attnfx.graph_code import listing
 from attnfx.graph_data import short
+from attnfx.lowering import inspection
 from attnfx.mask_blocks import DATA, EMPTY, FULL, PARTIAL, blocks
 from attnfx.mathml import typeset
 from attnfx.module_tree import tree
 from attnfx.pictures import mask_svg
-from attnfx.report import SiteReport
+from attnfx.report import Report, SiteReport
 from attnfx.report_kernels import highlighted
 from attnfx.site import AttentionSite, SideTensor
 from attnfx.site_cost import quantities
@@ -196,3 +199,19 @@ def test_highlighting_changes_no_letter() -> None:
 def test_paths_are_shown_without_the_folder_of_packages() -> None:
     assert short("/usr/lib/python3/site-packages/model.py:7: x = 1") == "model.py:7: x = 1"
     assert short("/home/me/model.py:7: y") == "/home/me/model.py:7: y"
+
+
+def test_a_page_says_what_kernels_take_on_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    compiled, seen = inspection.compiled, []
+    monkeypatch.setattr(inspection, "compiled", lambda *given: seen.append(compiled(*given)) or seen[-1])
+    report = Report((SiteReport("a", "layers.0.attn", "softmax", SITE.replace(keep=WINDOW), "portable", None, "a reason", True),))
+    report.to_html(tmp_path / "page.html", ("sm90",))
+    page = unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
+    ((made,),) = seen
+    assert made.registers > 0
+    row = re.search(rf"sm90.*?{made.name}.*?</tr>", page, re.DOTALL)
+    assert row is not None
+    assert {str(made.registers), str(made.spills)} <= set(re.findall(r"\d+", row.group()))
+    report.to_html(tmp_path / "plain.html")
+    assert made.name not in re.sub(r"<pre.*?</pre>", "", (tmp_path / "plain.html").read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -10,7 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+#: The note of a node that is one of our sites, under torch's own "custom", which is copied wherever a node is traced again.
+NOTE = "attnfx_site"
 _NOTHING = nullcontext()
+
+
+def runs(tensor: torch.Tensor) -> bool:
+    """Whether operations on ``tensor`` compute something, and no compiler is tracing them."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
 def named(site: str, backward: bool = False) -> AbstractContextManager[object]:

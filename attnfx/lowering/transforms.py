@@ -42,7 +42,7 @@ def vmap_attention(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any
 
 
 def vmap_vendor(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    """The vmap rule of ``attnfx::vendor_attention``: (q, k, v, causal, scale, dropout)."""
+    """The vmap rule of ``attnfx::vendor_attention``: (q, k, v, causal, scale, dropout, site)."""
     if args[5] > 0.0:
         return mapped.looped("vendor_attention")(info, in_dims, *args)
     return _folded(torch.ops.attnfx.vendor_attention, info.batch_size, in_dims, args)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnfx.expr import ONE, TRUE
-from attnfx.lowering import transforms
+from attnfx.lowering import timeline, transforms
 from attnfx.lowering.ops import LIBRARY
 from attnfx.site import AttentionSite
 
-LIBRARY.define("vendor_attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout) -> Tensor")
+LIBRARY.define("vendor_attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, float dropout, str site='') -> Tensor")
 
 #: CUDA compute capabilities whose cuDNN attention beats flash.
 CUDNN_MAJORS = (9, 10)
@@ -60,8 +60,14 @@ def is_causal(site: AttentionSite) -> bool:
     return site.keep != TRUE
 
 
-def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
-    """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV); causal is j <= i. Differentiable."""
+def call(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float, site: str = "") -> Tensor:
+    """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV); causal is j <= i. Differentiable. ``site`` names the call in a profiler's
+    timeline where it runs; where a compiler traces it, :mod:`attnfx.lowering.vendor_names` does."""
+    with timeline.named(site if timeline.runs(query) else ""):
+        return _called(query, key, value, causal, scale, dropout)
+
+
+def _called(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
     if 0 in query.shape[:3]:
         return _nothing(query, key, value)
     if _cudnn(query, key, value):

@@ -50,7 +50,7 @@ def _unstacked(x: Tensor, groups: int) -> Tensor:
 
 def _attended(attend: Attend, whole: AttentionSite, query: Tensor, key: Tensor, value: Tensor, boxes: Boxes) -> Tensor:
     free, causal = movable(whole)
-    made = _arranged(boxes, free, ranges=attend.device.type == "cpu")  # whose blocks read a range of keys
+    made = _arranged(boxes, free, ranges=attend.site.device == "cpu")  # whose blocks read a range of keys
     site, slot = beside(whole, made.table.shape, torch.int32)
     near = visible(made, slot, free)
     if near == expr.TRUE:

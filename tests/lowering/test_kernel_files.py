@@ -12,6 +12,7 @@ import sympy
 import torch
 from lowering_sites import B, I, J, alibi, causal, load, side, site, window
 from typer.testing import CliRunner
+from variants.variant_cases import site_of
 
 import attnfx
 from attnfx import expr, kernel_files
@@ -133,6 +134,21 @@ def test_all_that_a_call_launches_is_there(s: AttentionSite, kernels: set[str]) 
     plan = make_plan(s.replace(empty_rows="zero"), "flash")
     assert isinstance(plan, KernelPlan), plan
     assert {call.kernel.__name__ for call in inspection.launches(plan, "sm90", 4096)} == kernels
+
+
+@pytest.mark.parametrize("name", sorted(attnfx.variants.all()))
+def test_each_variant_s_kernels_are_written_without_a_gpu(name: str, tmp_path: Path) -> None:
+    said = []
+    for example in attnfx.variants.all()[name].examples():
+        at = site_of(example, torch.float32)
+        assert example.variant.objections(at) == ()
+        changed = at if example.variant.is_composed() else example.variant.apply(at)
+        entry = found("attn", changed if isinstance(changed, AttentionSite) else at, variant=example.variant, exact=False)
+        saved = Report((entry,)).save_kernels(tmp_path / str(len(said)), ("sm90",))
+        said += [sentence for sentence in saved.without if "operators with kernels of their own" not in sentence]
+        for file in saved.files:
+            compile(file.read_text(encoding="utf-8"), file.name, "exec")
+    assert said == []
 
 
 def test_a_kernel_that_does_not_compile_is_a_sentence_and_leaves_no_half_file(

@@ -41,7 +41,7 @@ def test_operators_are_registered_as_torch_wants(case: Case) -> None:
     ahead = case.keys - case.queries
     if not case.causal or not ahead:
         first = [given[n] for n in ("query", "key", "value")] + [given.get(n) for n in ("decay", "state", "state_sums")]
-        options = (case.causal, case.normalize, given["eps"], case.divisor, case.scale)
+        options = (case.causal, case.normalize, given["eps"], case.divisor, case.scale, "")
         opcheck(OPS.linear.default, (*first, *options), test_utils=KINDS)
     got = torch.compile(lambda **g: OPS.linear_attention(**g), backend="aot_eager", dynamic=True)(**given)
     torch.testing.assert_close(got, OPS.linear_attention(**given))

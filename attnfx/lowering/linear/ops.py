@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfx.lowering import timeline
 from attnfx.lowering.linear import portable
 from attnfx.lowering.mapped import looped
 from attnfx.lowering.ops import _TAGS, LIBRARY
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? decay"
 _OPTIONS = "bool causal=True, bool normalize=False, float eps=0.0"
-_STATE = "Tensor? state=None, Tensor? state_sums=None, str divisor='add', float scale=1.0"
+_STATE = "Tensor? state=None, Tensor? state_sums=None, str divisor='add', float scale=1.0, str site=''"
 _RESULT = "Tensor out, Tensor sums, Tensor final_state, Tensor final_sums"
 _GRADIENTS = "Tensor grad_out, Tensor? grad_sums, Tensor? grad_state, Tensor? grad_state_sums"
 
 LIBRARY.define(f"linear_attention({_OPERANDS}=None, {_OPTIONS}, {_STATE}) -> Tensor")
 LIBRARY.define(f"linear_attention_states({_OPERANDS}=None, {_OPTIONS}, {_STATE}) -> ({_RESULT})")
 _CORE = f"{_OPERANDS}, Tensor? state, Tensor? state_sums"
-_PLAIN = "bool causal, bool normalize, float eps, str divisor, float scale"
+_PLAIN = "bool causal, bool normalize, float eps, str divisor, float scale, str site"
 LIBRARY.define(f"linear({_CORE}, {_PLAIN}) -> ({_RESULT})", tags=_TAGS)
 LIBRARY.define(f"linear_backward({_CORE}, Tensor out, Tensor sums, {_GRADIENTS}, {_PLAIN}) -> Tensor[]", tags=_TAGS)
 
@@ -30,20 +31,23 @@ LIBRARY.define(f"linear_backward({_CORE}, Tensor out, Tensor sums, {_GRADIENTS},
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, causal: bool = True, normalize: bool = False,
     eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add", scale: float = 1.0,
+    site: str = "",
 ) -> Tensor:  # fmt: skip
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): scale sum_j lam^(p(i)-j) (q_i . k_j) v_j over the keys of query i.
 
     Feature maps come before. ``decay`` (H): log lam, a constant to gradients; it needs ``causal``, where query i stands at
     p(i) = i + N - M and sees j <= p(i). ``normalize`` divides by the sum l of the weights and ``eps``, or by another of
     ``DIVISORS``: "max" is max(l, eps), "max_abs" max(|l|, eps), and "max held" takes it for a constant. ``state`` (B,H,D,DV) and
-    ``state_sums`` (B,H,D) stand for keys before the first. Raises ValueError for what does not fit.
+    ``state_sums`` (B,H,D) stand for keys before the first. ``site`` names the call in a profiler's timeline. Raises ValueError for
+    what does not fit.
     """
-    return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums, divisor, scale)[0]
+    return linear_attention_states(query, key, value, decay, causal, normalize, eps, state, state_sums, divisor, scale, site)[0]
 
 
 def linear_attention_states(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None = None, causal: bool = True, normalize: bool = False,
     eps: float = 0.0, state: Tensor | None = None, state_sums: Tensor | None = None, divisor: str = "add", scale: float = 1.0,
+    site: str = "",
 ) -> portable.Result:  # fmt: skip
     """:func:`linear_attention`, the sums of the weights (B,H,M) without ``eps``, and the state behind the last key with its sums.
 
@@ -56,11 +60,11 @@ def linear_attention_states(
     if ahead:  # what all queries see is a state
         none = query[:, :, :0]
         before = torch.ops.attnfx.linear(
-            none, key[:, :, :ahead], value[:, :, :ahead], decay, state, state_sums, False, normalize, eps, divisor, scale
+            none, key[:, :, :ahead], value[:, :, :ahead], decay, state, state_sums, False, normalize, eps, divisor, scale, site
         )
         state, state_sums = before[2], before[3] if normalize else None
         key, value = key[:, :, ahead:], value[:, :, ahead:]
-    options = (causal, normalize, eps, divisor, scale)
+    options = (causal, normalize, eps, divisor, scale, site)
     return portable.Result(*torch.ops.attnfx.linear(query, key, value, decay, state, state_sums, *options))
 
 
@@ -98,6 +102,18 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def _linear(*args: Any) -> portable.Result:
+    *given, site = args
+    with timeline.named(site):
+        return _forward(*given)
+
+
+def _linear_backward(*args: Any) -> list[Tensor]:
+    *given, site = args
+    with timeline.named(site, backward=True):
+        return _backward(*given)
+
+
+def _forward(*args: Any) -> portable.Result:
     if not _has_kernel(args[0]):
         return _plain(*args)
     from attnfx.lowering import replay
@@ -131,7 +147,7 @@ def _backward(*args: Any) -> list[Tensor]:
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, sums: Tensor | None, causal: bool,
-    normalize: bool, eps: float, divisor: str, scale: float,
+    normalize: bool, eps: float, divisor: str, scale: float, site: str,
 ) -> portable.Result:  # fmt: skip
     (batch, heads, m, d), dv, wide = q.shape, v.shape[3], portable.wide_of(q)
     rows, totals = ((batch, heads, m), (batch, heads, d)) if normalize else ((0,), (0,))
@@ -142,14 +158,14 @@ def _fake(
 
 
 def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    normalize, wide = rest[-4], portable.wide_of(q)
+    normalize, wide = rest[-5], portable.wide_of(q)
     state = q.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=wide)
     sums = q.new_empty((*q.shape[:2], q.shape[3]) if normalize else (0,), dtype=wide)
     return [*(portable.laid_like(t, t.shape[3], t.dtype) for t in (q, k, v)), state, sums]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale = inputs
+    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale, ctx.site = inputs
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None), output[0], output[1])
     ctx.set_materialize_grads(False)
@@ -158,7 +174,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if all(g is None for g in grads):
         return (None,) * 6 + nothing
     *saved, out, sums = ctx.saved_tensors
@@ -166,14 +182,14 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = [next(stored) if given else None for given in ctx.given]
     grad_out, grad_sums, grad_state, grad_state_sums = grads
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    options = (ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale)
+    options = (ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale, ctx.site)
     made = torch.ops.attnfx.linear_backward(*tensors, out, sums, grad_out, grad_sums, grad_state, grad_state_sums, *options)
     states = [g.to(t.dtype) if t is not None else None for g, t in zip(made[3:], tensors[4:], strict=True)]
     return *made[:3], None, *states, *nothing
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale = inputs
+    *tensors, ctx.causal, ctx.normalize, ctx.eps, ctx.divisor, ctx.scale, ctx.site = inputs
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
 
@@ -204,14 +220,14 @@ def _second(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             found = torch.autograd.grad(outputs, [apart[n] for n in sources], weights, create_graph=again, allow_unused=True)
             for n, grad in zip(sources, found, strict=True):
                 second[n] = grad
-    return *second, None, None, None, None, None
+    return *second, *(None,) * 6
 
 
 def _register() -> None:
     LIBRARY.impl("linear_attention", linear_attention, "CompositeImplicitAutograd")
     LIBRARY.impl("linear_attention_states", linear_attention_states, "CompositeImplicitAutograd")
     LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
-    LIBRARY.impl("linear_backward", _backward, "CompositeExplicitAutograd")
+    LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")
     torch.library.register_fake("attnfx::linear", _fake, lib=LIBRARY)
     torch.library.register_fake("attnfx::linear_backward", _backward_fake, lib=LIBRARY)
     torch.library.register_autograd("attnfx::linear", _autograd, setup_context=_setup, lib=LIBRARY)

@@ -15,12 +15,17 @@ from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.mapped import looped
 from attnfx.lowering.ops import LIBRARY
 
-LIBRARY.define("linear_site(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan) -> Tensor")
+LIBRARY.define(
+    "linear_site(Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan, str site='') -> Tensor"
+)
 
 
-def linear_site(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str) -> Tensor:
+def linear_site(
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
+) -> Tensor:
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV), queries and keys behind their feature maps: what ``plan`` (text of a
-    :class:`LinearPlan`) describes. Differentiable in the operands and in the side tensors of factors.
+    :class:`LinearPlan`) describes. Differentiable in the operands and in the side tensors of factors. ``site`` names the call
+    in a profiler's timeline.
 
     Raises ValueError where the numbers of loads or sizes are not the plan's.
     """
@@ -51,7 +56,7 @@ def linear_site(query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tenso
     number = isinstance(read.rows, Const)
     query, key = query if number else multiplied(query, read.rows, "i"), multiplied(key, read.columns, "j")
     scale = float(read.rows.value) if isinstance(read.rows, Const) else 1.0
-    options = (read.causal, bool(read.divisor), read.eps, None, None, read.divisor or "add", scale)
+    options = (read.causal, bool(read.divisor), read.eps, None, None, read.divisor or "add", scale, site)
     out: Tensor = torch.ops.attnfx.linear_attention.default(query, key, value, decay, *options)
     return out.to(dtype)
 
