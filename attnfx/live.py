@@ -97,9 +97,9 @@ def report_of(model: Any, call: Callable[[], Any] | None = None) -> Report | Non
         call()
     if not (reports := _kept(owner).reports):
         raise AttnfxError(
-            "This model is compiled, and no graph of it was handed to attnfx: it has not run yet, or Dynamo took over what an "
-            "equal torch.compile of the same model had compiled before. Call it first (after torch._dynamo.reset() in the second "
-            "case), or give attnfx.explain the model's inputs."
+            "This model is compiled, and no graph of it was handed to attnfx: it has not run yet, or only a method that is "
+            "not compiled (generate), or Dynamo took over what an equal torch.compile of the same model had compiled before. "
+            "Call it first (after torch._dynamo.reset() in the last case), or give attnfx.explain the model's inputs."
         )
     return Report.merge(reports)
 

@@ -62,9 +62,14 @@ def program(
 
 
 def coarse(z: Expr) -> bool:
-    """Whether half precision adds to the scores: near a fill its steps are wider than scores are."""
-    halves = (n for n in expr.walk(z) if isinstance(n, expr.Call) and n.dtype in (torch.float16, torch.bfloat16))
-    return any(n.op in ("add", "sub") and has_score(n) for n in halves)
+    """Whether half precision, or a narrower type than before, takes scores that something was added to: near a fill its steps are
+    wider than scores are."""
+    scored = [n for n in expr.walk(z) if isinstance(n, expr.Call) and n.dtype.is_floating_point and has_score(n)]
+    sums = [n for n in scored if n.op in ("add", "sub")]
+    if any(n.dtype in (torch.float16, torch.bfloat16) for n in sums):
+        return True
+    narrowing = [n.args[0] for n in scored if n.op == "cast" and n.dtype.itemsize < n.args[0].dtype.itemsize]
+    return any(n is s for e in narrowing for n in expr.walk(e) for s in sums)
 
 
 def _may_be_low(score: Expr) -> bool:

@@ -65,12 +65,23 @@ def widened(e: Expr) -> Expr:
 
     def wide(node: Expr) -> Expr | None:
         if isinstance(node, Call) and node.op == "cast" and _precise(node.dtype) and has_score(node):
-            return widened(node.args[0])
+            return widened(_overflowed(node.args[0], node.dtype))
         if isinstance(node, Call) and node.dtype in (torch.float16, torch.bfloat16) and has_score(node):
             return Call(node.op, tuple(widened(a) for a in node.args), torch.float32)
         return None
 
     return expr.rebuild(e, wide)
+
+
+def _overflowed(e: Expr, dtype: torch.dtype) -> Expr:
+    """``e`` whose fills are infinite where a cast to ``dtype`` has no room for them: float64's lowest number is -inf in float32,
+    and a query without keys NaN."""
+    if isinstance(e, Const) and e.dtype.is_floating_point and math.isinf(_in_dtype(float(e.value), dtype)):
+        return expr.constant(_in_dtype(float(e.value), dtype), e.dtype)
+    if isinstance(e, Call) and e.dtype.is_floating_point and e.op in ("where", "add", "cast"):
+        kept = 1 if e.op == "where" else 0  # a condition has no fill
+        return Call(e.op, (*e.args[:kept], *(_overflowed(a, dtype) for a in e.args[kept:])), e.dtype)
+    return e
 
 
 def _precise(dtype: torch.dtype) -> bool:

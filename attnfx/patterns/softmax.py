@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.expr import Expr
 from attnfx.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction, contraction
@@ -136,6 +138,13 @@ def _continued(mirror: Mirror, node: fx.Node, logits: fx.Node, axis: int) -> Ite
         yield _candidate(node, logits, axis, multiplied, way)
 
 
+def _entering(node: fx.Node, logits: Expr) -> Expr:
+    """``logits`` as ``softmax(logits, dtype=...)`` takes them: a narrower type has no room for a fill of a wider one."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    narrower = dtype.is_floating_point and logits.dtype.is_floating_point and dtype.itemsize < logits.dtype.itemsize
+    return expr.cast(logits, dtype) if narrower else logits
+
+
 def _candidate(node: fx.Node, logits: fx.Node, axis: int, end: Contraction, way: Course) -> Candidate:
     side = 0 if end.left in way.path else 1
     return Candidate(
@@ -145,7 +154,7 @@ def _candidate(node: fx.Node, logits: fx.Node, axis: int, end: Contraction, way:
         axis=axis,
         length=sizes(logits)[axis],
         summed=end.summed,
-        logits=lambda lifter, index: lifter.broadcast(logits, index) if is_tensor(logits) else expr.lift(0),
+        logits=lambda lifter, index: _entering(node, lifter.broadcast(logits, index)) if is_tensor(logits) else expr.lift(0),
         probabilities=lambda lifter, index, t: end.element(side, lifter, index, t),
         values=lambda lifter, index, t: end.sides(index, t)[1 - side],
         empty_rows=_empty_rows(node, logits),
