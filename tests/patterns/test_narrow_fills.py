@@ -39,6 +39,8 @@ def outcome(f: Attention, qkv: tuple[Tensor, ...]) -> list[Tensor]:
     [
         (torch.float64, torch.float32, LOWEST[torch.float64], True, -math.inf),
         (torch.float64, torch.float32, LOWEST[torch.float64], False, -math.inf),
+        (torch.float64, torch.float32, -1e9, False, -1e9),
+        (torch.float64, torch.float32, -1e4, False, -1e4),
         (torch.float32, torch.bfloat16, LOWEST[torch.float32], False, -math.inf),
         (torch.float32, torch.float16, -1e9, True, -math.inf),
         (torch.float32, torch.float16, -1e4, False, -1e4),  # float16 rounds to steps of 8 there

@@ -250,6 +250,12 @@ class Problem:
         """A formula of the raw dots, broadcastable to (B',H',R,C)."""
         return evaluate(e, self.grid(block), self.loads, self.values, score=dot, dtype=self.oracle, known=self.known(e, block))
 
+    def rounded(self, e: Expr, block: Block, dot: Tensor) -> Tensor:
+        """:meth:`evaluated` in the formula's own types also where the operands are float64, and what is narrower rounds."""
+        if self.oracle is None:
+            return self.evaluated(e, block, dot)
+        return evaluate(e, self.grid(block), self.loads, self.values, score=dot)
+
     def slope(self, block: Block, dot: Tensor) -> Tensor:
         """d logits / d dot, broadcastable to (B',H',R,C)."""
         e = self.plan.score_derivative

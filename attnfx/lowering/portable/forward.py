@@ -131,8 +131,8 @@ def literal_logits(problem: Problem, block: Block, dot: Tensor, rows: Tensor) ->
         z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill))
     elif keep is not None:
         z = z.masked_fill(~keep, site.fill)
-    if site.literal is not None and problem.oracle is None:
-        z = torch.where(rows, problem.evaluated(site.literal, block, dot).to(problem.dtype), z)
+    if site.literal is not None and (problem.oracle is None or site.dtype == torch.float64):
+        z = torch.where(rows, problem.rounded(site.literal, block, dot).to(problem.dtype), z)
     return z, keep
 
 
