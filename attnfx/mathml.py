@@ -136,8 +136,10 @@ def _integer(e: sympy.Expr, outer: int) -> str:
         return bracketed(fraction(*(_integer(a, 0) for a in e.args)), "⌊", "⌋")
     if isinstance(e, Mod | PythonMod):
         return _within(row(_integer(e.args[0], 6), sign("mod"), _integer(e.args[1], 6)), 5, outer)
-    if isinstance(e, Max | Min):
-        return called("max" if isinstance(e, Max) else "min", *(_integer(a, 0) for a in sorted(e.args, key=str)))
+    if e.is_Rational:
+        return fraction(_integer(sympy.Integer(e.p), 0), f"<mn>{e.q}</mn>")
+    if isinstance(e, Max | Min | sympy.Max | sympy.Min):
+        return called("max" if isinstance(e, Max | sympy.Max) else "min", *(_integer(a, 0) for a in sorted(e.args, key=str)))
     if e.is_Add:
         terms = sorted(sympy.Add.make_args(e), key=lambda t: (bool(t.could_extract_minus_sign()), bool(t.is_number), str(t)))
         parts = [_integer(terms[0], 4)]

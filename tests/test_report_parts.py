@@ -20,7 +20,7 @@ from attnfx.graph_code import listing
 from attnfx.graph_data import short
 from attnfx.lowering import inspection
 from attnfx.mask_blocks import DATA, EMPTY, FULL, PARTIAL, blocks
-from attnfx.mathml import typeset
+from attnfx.mathml import integer, typeset
 from attnfx.module_tree import tree
 from attnfx.pictures import mask_svg
 from attnfx.report import Report, SiteReport
@@ -215,3 +215,11 @@ def test_a_page_says_what_kernels_take_on_a_target(tmp_path: Path, monkeypatch: 
     assert {str(made.registers), str(made.spills)} <= set(re.findall(r"\d+", row.group()))
     report.to_html(tmp_path / "plain.html")
     assert made.name not in re.sub(r"<pre.*?</pre>", "", (tmp_path / "plain.html").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_costs_with_halves_and_least_numbers_are_typeset() -> None:
+    queries, keys = sympy.symbols("M N", positive=True)
+    found = integer(sympy.Min(32 * queries, queries * (keys - queries / 2 + sympy.Rational(1, 2))))
+    ET.fromstring(f"<math>{found}</math>")
+    assert "<mtext>" not in found
+    assert "<mfrac><mn>1</mn><mn>2</mn></mfrac>" in found
