@@ -156,7 +156,8 @@ def build(
     from attnfx.lowering.launch import run
     from attnfx.lowering.templates.classify import profile_ends, tile_lists
 
-    lists = torch.empty(shape(batch, heads, queries, keys, by_keys), dtype=torch.int32, device=device)
+    # zeros where no list reaches: equal calls have equal bits
+    lists = torch.zeros(shape(batch, heads, queries, keys, by_keys), dtype=torch.int32, device=device)
     if not worthwhile(queries, keys) or lists.numel() == 0:
         return lists
     plan, made = KernelPlan.from_json(text), codegen_blocks.classifier_of(text)

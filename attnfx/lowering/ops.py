@@ -265,7 +265,10 @@ def _blocks(
     loads: Sequence[Tensor], sizes: Sequence[int], batch: int, heads: int, queries: int, keys: int, by_keys: bool,
     device: torch.device, plan: str,
 ) -> Tensor:  # fmt: skip
-    return blocks.build(loads, sizes, batch, heads, queries, keys, by_keys, device, plan)
+    from attnfx.lowering import replay
+
+    rest = (tuple(sizes), batch, heads, queries, keys, by_keys, device, plan)
+    return replay.repeated(lambda: blocks.build(loads, *rest), ("blocks", *rest), loads)
 
 
 def _blocks_fake(
