@@ -114,7 +114,9 @@ NARROW: dict[str, dict[Kernel, dict[int, Config]]] = {
     "sm90": {"query_gradient": {128: Config(64, 64, 4, 2)}, "key_gradient": {128: Config(32, 64, 4, 3, spills=320)}}
 }
 #: Forward in half precision over lists of tiles, by padded head dimension.
-LISTED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 64, 4, 2), 128: Config(128, 64, 4, 2, spills=320)}}
+LISTED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}}
+#: The gradient of a bias with a number for each pair in half precision, by padded head dimension.
+TILED: dict[str, dict[int, Config]] = {"sm90": {32: Config(32, 64, 4, 3)}}
 # float32
 FULL: dict[str, Table] = {
     "sm90": Table(
@@ -167,6 +169,8 @@ def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, t
     table = (FULL if dtype == torch.float32 else HALF)[known]
     widths: Widths = table.bias if kernel.endswith("bias") else getattr(table, kernel)
     width = max(padded(head_dim), padded(value_dim))
+    if kernel == "tile_bias" and dtype != torch.float32 and width in TILED.get(target, {}):
+        return TILED[target][width]
     return widths[0 if width <= 32 else 1 if width <= 64 else 2 if width <= 128 else 3]
 
 
@@ -197,7 +201,7 @@ def listed(kernel: Kernel, config: Config, target: str) -> Config:
     own, walked = ("block_n", "block_m") if kernel == "key_gradient" else ("block_m", "block_n")
     chosen = replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
     # the ids of rows and keys stay in registers, too; AMD's four warps have 64 lanes each
-    large = chosen.block_m * chosen.block_n >= OWN * WALKED and target.startswith("sm") and not chosen.spills
+    large = chosen.block_m * chosen.block_n >= OWN * WALKED and target.startswith("sm")
     return replace(chosen, num_warps=8) if large else chosen
 
 

@@ -268,6 +268,8 @@ def _blocks(
     from attnfx.lowering import replay
 
     rest = (tuple(sizes), batch, heads, queries, keys, by_keys, device, plan)
+    if not loads:  # one launch, of no tensor that would tell the device
+        return blocks.build(loads, *rest)
     return replay.repeated(lambda: blocks.build(loads, *rest), ("blocks", *rest), loads)
 
 

@@ -44,7 +44,14 @@ class _Call:
     @property
     def wide(self) -> bool:
         """Products of bfloat16 run in bfloat16; float16 is widened, since sums over keys overflow it, and costs its own bits."""
-        return self.q.dtype != torch.bfloat16
+        return self.q.dtype != torch.bfloat16 or self.odd
+
+    @property
+    def odd(self) -> bool:
+        """Whether features are many and rows of them start anywhere: bfloat16 kernels for such rows read beyond their tensors on an
+        H200 (Triton 3.6), though their addresses do not in the interpreter; widened, the same calls are right there."""
+        widths = (self.q.shape[3], self.v.shape[3])
+        return max(widths) > 64 and any(width % 16 for width in widths)
 
     @property
     def block(self) -> int:
@@ -68,7 +75,8 @@ class _Call:
     @property
     def walks(self) -> bool:
         """Whether programs walk over segments of the tokens with a state in their registers."""
-        return self.causal and self.q.dtype != torch.float32 and max(self.q.shape[3], self.v.shape[3]) <= WIDEST
+        narrow = max(self.q.shape[3], self.v.shape[3]) <= WIDEST
+        return self.causal and self.q.dtype != torch.float32 and narrow and not self.odd
 
     @property
     def target(self) -> str:
@@ -94,7 +102,7 @@ class _Call:
 
     @property
     def precision(self) -> str:
-        return "tf32" if self.q.dtype == torch.float16 else "ieee"
+        return "ieee" if self.q.dtype == torch.float32 else "tf32"
 
     @property
     def switches(self) -> dict[str, Any]:
