@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfx.site import AttentionSite
-from attnfx.variants import dense, selection
+from attnfx.variants import dense, gathered, selection
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Example, Variant, whole_number
 
@@ -26,7 +26,9 @@ class BlockTopK(Variant):
     pages are kept, also for `sinks` and `window`. Kernels on a GPU visit tiles of 128 queries, which have the pages of all
     choices in them: so 128 queries share one.
 
-    The means of pages are made anew in each decode step, in one pass over the keys, which is half of what dense attention reads.
+    In a decode step the pages that are kept are gathered, where they are at most half of the keys or their number is not known:
+    pages scattered over all keys would leave out few of a kernel's tiles. The scores of pages are made anew in each step, in one
+    pass over the keys, which is half of what dense attention reads.
     They could be kept only where a graph could tell that its cache is that of the step before, but for one key: a cache that
     grows is another tensor in each step, and one that is written in place may hold another prompt, or have been reordered by
     a beam search, at the same address.
@@ -65,6 +67,8 @@ class BlockTopK(Variant):
         group = int(site.heads) // int(site.key_heads)
         first = torch.ops.aten.slice.Tensor(query, 2, 0, 2**63 - 1, self.query_block)
         shared = torch.mean(torch.unflatten(selection.wide(first, site.dtype), 1, (int(site.key_heads), group)), 2)
+        if gathered.possible(site, self.page * gathered.count(self.top, self.page, self.sinks, self.window)):
+            return gathered.attended(attend, query, key, value, shared, self.top, self.page, self.sinks, self.window)
         means = selection.pooled(attend, selection.wide(key, site.dtype), site.keys, self.page)
         scores = torch.repeat_interleave(torch.matmul(shared, torch.transpose(means, 2, 3)), group, 1)
         table = selection.chosen(attend, scores, self.top, self._size, self.sinks, self.window)
