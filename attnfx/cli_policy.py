@@ -44,9 +44,8 @@ def check(
     else:
         for file, (policy, _) in found.items():
             if policy is not None:
-                print(
-                    f"{file}: {len(policy.rules)} rule{'s' * (len(policy.rules) != 1)}{', and a default' if policy.default else ''}, all well-formed."
-                )
+                rules = f"{len(policy.rules)} rule{'s' * (len(policy.rules) != 1)}"
+                print(f"{file}: {rules}{', and a default' if policy.default else ''}, all well-formed.")
         complaints = Console(stderr=True)
         for problem in problems:
             complaints.print("[red]error:[/red] ", end="")
