@@ -106,3 +106,19 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], sentence: str) ->
     given = operands(Case(""), torch.float64) | changes
     with pytest.raises(ValueError, match=sentence):
         OPS.linear_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("width", "value_width", "walks", "half"), [(128, 64, True, True), (153, 40, False, False), (24, 136, False, False)]
+)
+def test_rows_of_odd_widths_are_widened_on_a_gpu(width: int, value_width: int, walks: bool, half: bool) -> None:
+    pytest.importorskip("triton")
+    from attnfx.lowering import launch
+    from attnfx.lowering.linear import kernels
+
+    q, v = (torch.empty(1, 2, 200, n, dtype=torch.bfloat16, device="meta") for n in (width, value_width))
+    with launch.recording("sm90") as recording:
+        kernels.forward(q, q, v, None, None, None, True, False, 0.0)
+    names = {call.kernel.__name__ for call in recording.calls}
+    assert ("linear_walk" in names) == walks
+    assert {call.keywords["HALF"] for call in recording.calls if "HALF" in call.keywords} == {half}
