@@ -37,6 +37,8 @@ class Program:
                 keep their maximum and sum apart, since in fp32 their LSE has lost the sum
     empty_zero  with exact_rows: a row without keys gives O = 0 and not NaN
     loaded      a tile of scores reads numbers of its keys
+    slope       SCORE_GRAD where it is one number; else None
+    pure        with a slope: the natural logits are the dots times it, and nothing else
     narrow      a window keeps few tiles of keys for a query
     key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
@@ -55,6 +57,8 @@ class Program:
     weight: Any | None = None
     coarse: Any | None = None
     loaded: bool = False
+    slope: float | None = None
+    pure: bool = False
     narrow: bool = False
     key: str = ""
 
@@ -62,6 +66,11 @@ class Program:
     def open(self) -> bool:
         """Whether nothing is masked or weighted."""
         return self.keep is None and self.weight is None
+
+    @property
+    def factor(self) -> float | None:
+        """The positive number that SCORE multiplies the dots with, where it does nothing else: it keeps their order."""
+        return self.slope * math.log2(math.e) if self.pure and self.slope is not None and self.slope > 0.0 else None
 
     @property
     def floor(self) -> float:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import sympy
 
 from attnfx import __version__, expr
-from attnfx.expr import Expr, Load
+from attnfx.expr import Const, Expr, Load
 from attnfx.files import replace_file
 from attnfx.integers import Ranges
-from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask
+from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask, proportional
 from attnfx.lowering.handed import handed
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
@@ -90,12 +90,13 @@ def program_of(text: str) -> Program:
     # what the functions are called with is not in their source
     apart = (site.fill, site.additive, plan.exact_rows, plan.hidden, plan.empty_zero, plan.gradients)
     key = hashlib.sha256(f"{written}{apart}".encode()).hexdigest()[:16]
+    slope = float(plan.score_derivative.value) if isinstance(plan.score_derivative, Const) else None
     return Program(
         score=found.score, score_grad=getattr(found, "score_grad", None), keep=getattr(found, "keep", None),
         kv_range=getattr(found, "kv_range", None), q_range=getattr(found, "q_range", None), fill=site.fill,
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
         weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
-        narrow=_narrow(plan), key=key,
+        slope=slope, pure=slope is not None and proportional(site.score), narrow=_narrow(plan), key=key,
     )  # fmt: skip
 
 

@@ -290,6 +290,13 @@ def _halves(e: Expr) -> bool:
     return number is not None and number != 0 and math.isfinite(number) and abs(math.frexp(number)[0]) == 0.5
 
 
+def proportional(e: Expr) -> bool:
+    """Whether ``e`` is a number times the score."""
+    while (step := _constant_factor(e)) is not None:
+        e = step[0]
+    return isinstance(e, Score)
+
+
 def _constant_factor(e: Expr) -> tuple[Expr, float] | None:
     """(x, c) where ``e`` is c * x with a constant c and an x that depends on the score."""
     if not isinstance(e, Call) or e.op not in ("mul", "div", "neg"):

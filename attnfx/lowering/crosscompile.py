@@ -92,13 +92,11 @@ class Job:
     kernels: tuple[str, ...] = ("forward", "query_gradient", "key_gradient")
 
 
-DENSE = Program(samples.plain, samples.plain_grad, None, None, None, -math.inf, False, False)
-CAUSAL = Program(
-    samples.plain, samples.plain_grad, samples.causal, samples.causal_keys, samples.causal_rows, -math.inf, False, False
-)
+DENSE = Program(samples.plain, samples.plain_grad, None, None, None, -math.inf, False, False, slope=0.25, pure=True)
+CAUSAL = replace(DENSE, keep=samples.causal, kv_range=samples.causal_keys, q_range=samples.causal_rows)
 EXACT = Program(
     samples.relative_bias, samples.plain_grad, samples.causal, samples.causal_keys, samples.causal_rows,
-    torch.finfo(torch.float32).min, True, True,
+    torch.finfo(torch.float32).min, True, True, slope=0.25,
 )  # fmt: skip
 WEIGHTED = replace(EXACT, weight=samples.relative_gate)
 PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "bias, finfo.min added, weight": WEIGHTED}

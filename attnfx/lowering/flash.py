@@ -67,7 +67,7 @@ def forward(
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launched(band),
             KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            TMA=tma, LISTS=blocks is not None, **launch.even, **launch.switches,
+            TMA=tma, LISTS=blocks is not None, SLOPE=program.factor, **launch.even, **launch.switches,
         )  # fmt: skip
     return out, residuals
 
@@ -116,13 +116,13 @@ def backward(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
             *launched(band), grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
-            LISTS=row_blocks is not None, **rows.even, **rows.switches,
+            LISTS=row_blocks is not None, SLOPE=program.slope, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
             *launched(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
-            LISTS=key_blocks is not None, **keys.even, **keys.switches,
+            LISTS=key_blocks is not None, SLOPE=program.slope, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
 

@@ -36,6 +36,11 @@ FILLS = {
 }
 
 
+def folded(program: Program) -> Program:
+    """A program whose logits are nothing but the dots times SCALE, known to be."""
+    return replace(program, slope=SCALE, pure=True)
+
+
 def filled(program: Program, fill: str) -> Program:
     value, additive, exact = FILLS[fill]
     return replace(program, fill=value, additive=additive, exact_rows=exact)
@@ -75,12 +80,14 @@ def plain_cases() -> Iterator[Case]:
     for dtype in (torch.float16, torch.bfloat16):
         yield Case(f"plain {dtype}", NONE, (1, 2, 1, 37, 53, 40, 24), dtype=dtype)
         yield causal_case(3, sizes=(1, 2, 1, 37, 53, 40, 24), dtype=dtype)
+    yield Case("folded", folded(NONE))
+    yield Case("causal, not folded", CAUSAL, ints=(3,), keep=with_offset, extras={"ahead": 3})
     capped = replace(NONE, score=programs.softcap, score_grad=programs.softcap_grad)
     yield Case("softcap", capped, logits=lambda case, dot, loads: CAP * torch.tanh(dot * (SCALE / CAP)))
 
 
 def causal_case(ahead: int, program: Program = CAUSAL, name: str = "causal", **more: Any) -> Case:
-    base = Case("", program, ints=(ahead,), keep=with_offset, extras={"ahead": ahead})
+    base = Case("", folded(program), ints=(ahead,), keep=with_offset, extras={"ahead": ahead})
     case = replace(base, **more)
     return replace(case, name=f"{name} ahead {ahead} M{case.sizes[3]} N{case.sizes[4]} {str(case.dtype)[6:]}")
 
@@ -167,7 +174,7 @@ def bias_strides(case: Case, loads: tuple[Tensor, ...]) -> tuple[int, ...]:
 def bias_cases() -> Iterator[Case]:
     yield Case(
         "alibi",
-        replace(CAUSAL, score=programs.alibi),
+        replace(CAUSAL, score=programs.alibi, slope=SCALE),
         loads=slopes,
         ints=(0,),
         keep=with_offset,

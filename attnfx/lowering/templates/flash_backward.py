@@ -59,10 +59,11 @@ def flash_query_gradient(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
-    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate); grid
-    (row tiles * B * H,). The rows of a `band` have theirs in grad_left, contiguous (B,H,M,D), or, where they are the queries, in
-    grad_q."""
+    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate); grid (row tiles * B *
+    H,). The rows of a `band` have theirs in grad_left, contiguous (B,H,M,D), or, where they are the queries, in grad_q. SLOPE
+    is SCORE_GRAD where that is one number, or None: it multiplies the sums."""
     tiles = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
@@ -112,14 +113,16 @@ def flash_query_gradient(
         acc, beside = _visit_keys(
             acc, beside, q_tile, second, grad_tile, keys, values, statistics, full[0], full[1], full[2], full[3], i, N, at, noise,
             loads, ints, grad_left is not None, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
         )  # fmt: skip
     if KEEP is not None or EXACT_ROWS or not EVEN_N:
         acc, beside = _visit_keys(
             acc, beside, q_tile, second, grad_tile, keys, values, statistics, masked[0], masked[1], masked[2], masked[3], i, N, at,
             noise, loads, ints, grad_left is not None, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT,
-            True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+            True, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
         )  # fmt: skip
+    if SLOPE is not None:
+        acc, beside = acc * SLOPE, beside * SLOPE
     out = row_pointers(head_base(grad_q, grad_q_strides, b, h), grad_q_strides, offs_m, offs_d)
     tl.store(out, acc.to(grad_q.dtype.element_ty), mask=row_ok & d_ok)
     if grad_left is not None:
@@ -167,8 +170,9 @@ def _visit_keys(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in the forward kernel. `beside`: a gradient of a band's rows."""
+    """acc [BLOCK_M, BLOCK_D] += dS k over key tiles; positions as in forward. `beside`: a gradient of a band's rows."""
     b, h, _ = at
     offs_n = tl.arange(0, BLOCK_N)
     d_ok = (tl.arange(0, BLOCK_D) < D)[:, None]
@@ -192,7 +196,7 @@ def _visit_keys(
         dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
         dweights = dweights * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
-        ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
+        ds = dz if SLOPE is not None else dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
         acc = tl.dot(ds.to(k_tile.dtype), tl.trans(k_tile), acc, input_precision=PRECISION)
         if second is not None:
             if not BESIDE:
@@ -251,6 +255,7 @@ def flash_key_gradient(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
     """grad_k (B,HK,N,D) and grad_v (B,HK,N,DV): one key tile a program, which walks the query heads of its group and
     their rows, so that every sum has one owner and one order; grid (key tiles * B * HK,)."""
@@ -298,14 +303,16 @@ def flash_key_gradient(
             dk, dv = _visit_rows(
                 dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, full[0], full[1], full[2], full[3],
                 j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False,
-                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
                 dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, masked[0], masked[1], masked[2],
                 masked[3], j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
-                DROPOUT, True, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS,
+                DROPOUT, True, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
             )  # fmt: skip
+    if SLOPE is not None:
+        dk = dk * SLOPE
     k_out = row_pointers(head_base(grad_k, grad_k_strides, b, hk), grad_k_strides, offs_n, offs_d)
     tl.store(k_out, dk.to(grad_k.dtype.element_ty), mask=key_ok & d_ok)
     v_out = row_pointers(head_base(grad_v, grad_v_strides, b, hk), grad_v_strides, offs_n, offs_dv)
@@ -355,9 +362,9 @@ def _visit_rows(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
-    """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions as
-    in the forward kernel, of rows."""
+    """dk += dS^T q, dv += P^T dO over row tiles of one query head; score tiles are [keys, rows]; positions of rows."""
     b, h, bh = at
     offs_m = tl.arange(0, BLOCK_M)
     d_ok = (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -388,6 +395,6 @@ def _visit_rows(
         dv = tl.dot((weights * factor).to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
         dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION) * factor
         dz = logit_gradient(weights, live, dweights, statistics[1], EXACT_ROWS, MASKED)
-        ds = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
+        ds = dz if SLOPE is not None else dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv

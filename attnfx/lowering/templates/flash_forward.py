@@ -69,9 +69,10 @@ def flash_forward(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     LISTS: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
-    A `band` (templates/band.py) is added to the dots, of square tiles.
+    A `band` (templates/band.py) is added to the dots, of square tiles. SLOPE is the positive factor that is all of SCORE, or None.
 
     FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
     row degenerate; with EMPTY_ZERO a row of -inf gives zeros and not NaN. With EXACT_ROWS
@@ -118,13 +119,13 @@ def flash_forward(
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
-            LISTS,
+            LISTS, SLOPE,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints,
             SCORE, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
-            TMA, LISTS,
+            TMA, LISTS, SLOPE,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -197,6 +198,7 @@ def _visit(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     LISTS: tl.constexpr = False,
+    SLOPE: tl.constexpr = None,
 ):
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
@@ -208,6 +210,9 @@ def _visit(
     dv_ok = (tl.arange(0, BLOCK_DV) < DV)[None, :]
     # tiles that follow one another share a block of the band
     CARRIED: tl.constexpr = second is not None and not MASKED and not LISTS
+    # logits that are the dots times a factor: it goes into the one multiplication and addition of the exponent
+    FOLDED: tl.constexpr = SLOPE is not None and not LITERAL
+    UNIT: tl.constexpr = SLOPE if FOLDED else 1.0
     if CARRIED:
         lower = band_products(second, lo - BLOCK_N, D, BLOCK_N, BLOCK_D, PRECISION)
     for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
@@ -227,7 +232,7 @@ def _visit(
         j = offs_j[None, :]
         if MASKED:
             j = tl.minimum(offs_j, N - 1)[None, :]
-        z = SCORE(dot, b, h, i, j, loads, ints)
+        z = dot if FOLDED else SCORE(dot, b, h, i, j, loads, ints)
         if LITERAL:
             z = z * LN2
             if KEEP is not None:
@@ -242,7 +247,7 @@ def _visit(
             else:
                 z = tl.where(KEEP(b, h, i, j, loads, ints) & inside[None, :], z, float("-inf"))
 
-        m_new = tl.maximum(m, tl.max(z, 1))
+        m_new = tl.maximum(m, tl.max(z, 1) * UNIT)
         # a row that has met no key yet: -inf - -inf would be NaN
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         if LITERAL:
@@ -250,7 +255,7 @@ def _visit(
             p = tl.exp2((z - m_safe[:, None]) * LOG2E)
             alpha = tl.exp2((m - m_safe) * LOG2E)
         else:
-            p = tl.exp2(z - m_safe[:, None])
+            p = tl.exp2(z * UNIT - m_safe[:, None])
             alpha = tl.exp2(m - m_safe)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
