@@ -140,3 +140,23 @@ def test_tables_of_distances_are_given_from_their_middle_in_base_2() -> None:
     strides = handed.ints(plan, plan.values((), keys, loads), (given,))[-2:]
     assert strides == given.stride()
     assert torch.allclose(given[:, 0], table[:, keys - 1] * math.log2(math.e))
+
+
+@pytest.mark.parametrize(
+    ("score", "slope", "factor"),
+    [
+        (0.625 * expr.Score(), 0.625, 0.625 * math.log2(math.e)),
+        (expr.Score(), 1.0, math.log2(math.e)),
+        (expr.div(expr.Score(), expr.lift(8.0)) * 2.0, 0.25, 0.25 * math.log2(math.e)),
+        (-0.5 * expr.Score(), -0.5, None),  # the largest dot is the smallest logit
+        (alibi(), 0.25, None),
+        (softcap(), None, None),
+    ],
+    ids=("scaled", "plain", "divided", "negative", "alibi", "softcap"),
+)
+def test_a_factor_is_known_where_it_is_all_of_the_score(score: expr.Expr, slope: float | None, factor: float | None) -> None:
+    plan = make_plan(site(score, causal(), side=(side(HEADS),)), "flash")
+    assert isinstance(plan, KernelPlan), plan
+    program = codegen.program(plan)
+    assert program.slope == slope
+    assert program.factor == (None if factor is None else pytest.approx(factor, rel=1e-15))
