@@ -108,6 +108,8 @@ def backward(
         return grads
     keys = Call.of("key_gradient", program, q, k, v, loads, ints, dropout_p, seed, key_config, False, key_blocks, second)
     grad_q, grad_k, grad_v = grads
+    # products in float32 hide the multiplication, and have no registers left for scaled sums
+    slope = None if q.dtype == torch.float32 else program.slope
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
     with rows.device:
@@ -116,13 +118,13 @@ def backward(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
             *launched(band), grad_left, SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, TMA=rows_tma,
-            LISTS=row_blocks is not None, SLOPE=program.slope, **rows.even, **rows.switches,
+            LISTS=row_blocks is not None, SLOPE=slope, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
             flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
             *launched(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
-            LISTS=key_blocks is not None, SLOPE=program.slope, **keys.even, **keys.switches,
+            LISTS=key_blocks is not None, SLOPE=slope, **keys.even, **keys.switches,
         )  # fmt: skip
     return grads
 

@@ -78,9 +78,9 @@ def plain_cases() -> Iterator[Case]:
     for layout in ("heads last", "transposed", "expanded", "strided"):
         yield Case(f"layout {layout}", NONE, layout=layout)
     for dtype in (torch.float16, torch.bfloat16):
-        yield Case(f"plain {dtype}", NONE, (1, 2, 1, 37, 53, 40, 24), dtype=dtype)
+        yield Case(f"plain {dtype}", folded(NONE), (1, 2, 1, 37, 53, 40, 24), dtype=dtype)
         yield causal_case(3, sizes=(1, 2, 1, 37, 53, 40, 24), dtype=dtype)
-    yield Case("folded", folded(NONE))
+    yield Case("plain, folded", folded(NONE))
     yield Case("causal, not folded", CAUSAL, ints=(3,), keep=with_offset, extras={"ahead": 3})
     capped = replace(NONE, score=programs.softcap, score_grad=programs.softcap_grad)
     yield Case("softcap", capped, logits=lambda case, dot, loads: CAP * torch.tanh(dot * (SCALE / CAP)))
