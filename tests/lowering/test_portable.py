@@ -70,7 +70,10 @@ def compare(s: AttentionSite, dtype: torch.dtype, tolerance: float, loads: tuple
     assert distance(out, want) < tolerance
     for mine, theirs in zip(grads, want_grads, strict=True):
         assert mine.dtype == dtype
-        assert distance(mine, theirs) < 5 * tolerance
+        if theirs.abs().max() < 1e-12:  # cancelled, with one key: the rounding of a term a row is left, and differs between CPUs
+            assert mine.abs().max() < 1e-6 * q.shape[-2]
+        else:
+            assert distance(mine, theirs) < 5 * tolerance
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 70), (70, 1), (131, 257), (300, 300)])
