@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import sympy
 import torch
 
-from attnfx import band, expr
+from attnfx import band, expr, skipping
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
 from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 
@@ -202,6 +202,10 @@ def attention(
     z = evaluate(site.score, grid, loads, values, score=dots, dtype=q.dtype, clamp=True).expand(dots.shape)
     keep = evaluate(site.keep, grid, loads, values, clamp=True).expand(dots.shape)
     z = z + torch.where(keep, z.new_zeros(()), z.new_full((), site.fill)) if site.additive else z.masked_fill(~keep, site.fill)
+    if site.skip is not None:
+        kept = z.masked_fill(~keep, float("-inf"))
+        some = (kept > float("-inf")).any(-1, keepdim=True)  # a row of nothing but fills is the model's own
+        z = z.masked_fill(skipping.left_out(site.skip, kept, z.shape[3], groups) & some, float("-inf"))
     if site.sink is not None:
         one_key = {**grid, "j": grid["j"].new_zeros(1, 1, 1, 1)}
         sink = evaluate(site.sink, one_key, loads, values, dtype=q.dtype, clamp=True).to(q.dtype)

@@ -140,5 +140,6 @@ def line(site: AttentionSite) -> str:
     weight = "" if site.weight == expr.ONE else f"{formula(site.weight, 5)}·"
     name = "softmax" if site.normaliser == "softmax" else "exp less max"
     score = formula(site.score) if site.band is None else formula(site.score).replace("q·k", f"q·k + {product(site.band)}")
-    weights = f"{weight}{name}({score} | {mask(site)}{fill}{sink}{drop})"
+    skip = "" if site.skip is None else f", tiles below {site.skip} left out"
+    weights = f"{weight}{name}({score} | {mask(site)}{fill}{sink}{skip}{drop})"
     return f"{weights} v  [{shape} {lengths} {width} {short(site.dtype)}]"

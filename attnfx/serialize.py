@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import sympy
@@ -21,6 +22,7 @@ from attnfx.expr import INDEX, OPERATIONS, Call, Const, Expr, Int, Load, Score, 
 from attnfx.feature_maps import KINDS, FeatureMap
 from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
 from attnfx.site import AttentionSite, SideTensor
+from attnfx.skipping import TILES, Skip
 
 Json = Any
 
@@ -235,6 +237,8 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
     if (band := site.band) is not None:
         row, keep = writer.add(band.row), writer.add(band.keep)
         data["band"] = [band.left, band.right, row, band.width, keep, float(band.factor), write_dtype(band.dtype)]
+    if site.skip is not None:
+        data["skip"] = list(astuple(site.skip))
     if site.normaliser == "max":
         data["normaliser"] = "max"
     elif site.normaliser != "softmax":
@@ -245,7 +249,7 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
 
 def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, *_EXPRESSIONS, "dtype", "fill", "dropout", "side", "sink"}
-    optional = {"linear", "literal", "normaliser", "band"} & set(data) if isinstance(data, dict) else set()
+    optional = {"linear", "literal", "normaliser", "band", "skip"} & set(data) if isinstance(data, dict) else set()
     fields(data, "site", known | optional)
     values: dict[str, Any] = {name: read_integer(data[name]) for name in _INTEGER_FIELDS}
     for name, types in _PLAIN.items():
@@ -262,6 +266,8 @@ def site_from_data(data: Json, reader: Reader) -> AttentionSite:
         values["literal"] = reader.get(data["literal"])
     if "band" in optional:
         values["band"] = _band(data["band"], reader)
+    if "skip" in optional:
+        values["skip"] = _skip(data["skip"])
     values |= {name: reader.get(data[name]) for name in _EXPRESSIONS}
     values |= {name: float(read_number(data[name])) for name in ("fill", "dropout")}
     if "normaliser" in optional:
@@ -286,6 +292,17 @@ def _linear(data: Json, reader: Reader) -> dict[str, Any]:
                 "query_map": maps[0], "key_map": maps[1],
             }  # fmt: skip
     raise FormatError(f'linear is {data!r}; it is ["sum", "abs_sum" or "none", divisor, detached, query map, key map]')
+
+
+def _skip(data: Json) -> Skip:
+    """Which tiles are left out."""
+    match data:
+        case [float(threshold), None | float() as factor, int(rows), int(keys), None | int() as chunk]:
+            sizes = all(type(n) is int and n in TILES for n in (rows, keys))
+            runs = chunk is None or (type(chunk) is int and chunk > 0 and chunk % keys == 0)
+            if sizes and runs and 0.0 < threshold < 1.0 and (factor is None or 0.0 < factor < math.inf):
+                return Skip(threshold, factor, rows, keys, chunk)
+    raise FormatError(f"skip is {data!r}; it is [threshold, scale factor or null, rows, keys, chunk or null]")
 
 
 def _band(data: Json, reader: Reader) -> Band:

@@ -29,6 +29,7 @@ from attnfx.facts import Facts, prove
 from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.integer_functions import foreign
 from attnfx.integers import Ranges
+from attnfx.skipping import Skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class AttentionSite:
     float32; who replaces one of them forgets it. ``weight``: a finite factor of the probabilities after
     the softmax, in b, h, i and j, without :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator
     does not know it. ``band``: a product of each query with a vector of each distance; :class:`attnfx.expr.Score` is q.k and
-    this product.
+    this product. ``skip``: tiles of scores that are taken for -inf because they lie far below what their rows have met.
     ``normaliser``: ``"softmax"``; ``"max"``, exponentials that only their row's largest divides (a constant to gradients), which
     give their row sums and maxima too; or without exponentials ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in
     which :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
@@ -108,6 +109,7 @@ class AttentionSite:
     query_map: FeatureMap = IDENTITY
     key_map: FeatureMap = IDENTITY
     band: Band | None = None
+    skip: Skip | None = None
 
     def replace(self, **changes: object) -> AttentionSite:
         if "literal" not in changes and not changes.keys().isdisjoint(("score", "keep", "fill", "additive", "empty_rows")):

@@ -32,6 +32,10 @@ def _softmax(site: AttentionSite) -> list[tuple[str, str]]:
         right = typeset(expr.Load(site.band.right, (site.band.row,), site.dtype))
         factor = () if site.band.factor == 1.0 else (f"<mn>{site.band.factor:.6g}</mn>", sign("·"))
         lines.insert(0, (sub(identifier("r"), _IJ), row(*factor, left, sign("·"), right)))
+    if site.skip is not None:
+        size = f"{site.skip.rows} × {site.skip.keys}"
+        tile = f"−∞ in tiles of {size} in which no row reaches {site.skip} times its largest exponential before"
+        lines.append((_Z, f"<mtext>{tile}</mtext>"))
     power = f"<msup>{identifier('e')}{{}}</msup>"
     whole = row(_sum(), power.format(_Z))
     if site.sink is not None:

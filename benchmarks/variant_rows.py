@@ -25,6 +25,7 @@ class Row:
     ``keep(i, j)``: what the variant keeps, written down once more, for FlexAttention and the check; None: it hangs on the data.
     ``causal``: of the model's own attention, which "dense" computes. ``pairs``: what the variant keeps of a head. ``targets``: how
     many times as fast as a peer it is to be; ``density``: whether its time is compared with its share of the dense time.
+    ``strong``: of so many runs of 64 keys one is three times as long, and the others a tenth: for what goes by scores.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     flex: bool = False
     density: bool = False
     linear: str = ""
+    strong: int = 0
     targets: dict[str, float] = field(default_factory=dict)
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +51,9 @@ class Row:
             torch.randn(self.batch, n, self.heads, self.width, device=device, dtype=torch.bfloat16, generator=noise).transpose(1, 2)
             for n in (self.queries, self.keys, self.keys)
         )
+        if self.strong:
+            strong = torch.arange(self.keys, device=device) // 64 % self.strong == 0
+            k = k * torch.where(strong, 3.0, 0.1).to(k.dtype)[:, None]
         return q, k, v
 
     def model(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,6 +137,8 @@ def rows(quick: bool) -> list[Row]:
             "vertical-slash", variants.VerticalSlash(segment=0) if not quick else variants.VerticalSlash(40, 128, segment=0), 1,
             heads // 2, 131_072 // cut**2, 131_072 // cut**2, 128, True, targets={"dense": 4.0},
         ),
+        Row("skip-softmax", variants.SkipSoftmax(0.03), 1, heads, s, s, 128, True, strong=4, targets={"dense": 1.4}),
+        Row("skip-softmax-decode", variants.SkipSoftmax(0.01), 1, heads, 1, 65_536 // cut, 128, True, strong=4),
     ]  # fmt: skip
     return found + [
         Row(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attnfx.site import AttentionSite
 from attnfx.testing import peak_bytes
+from attnfx.variants import SkipSoftmax
 from benchmarks import command, kernel_peers, kernel_rows, timing
 from benchmarks.command import Result
 from benchmarks.variant_rows import Attend, Row, fla, flex, rows
@@ -68,6 +69,9 @@ def share(row: Row) -> float | None:
     """What the variant keeps of the model's pairs; None for linear attention."""
     if row.linear:
         return None
+    if isinstance(row.variant, SkipSoftmax):
+        q, k, _ = (t[:, :1] for t in row.inputs("cpu"))
+        return 1 - row.variant.share(q, k, row.width**-0.5, row.causal)
     n = sympy.Integer
     score, keep = kernel_rows.FULL.formula(kernel_rows.Row("", kernel_rows.FULL, row.keys, row.width), ())  # type: ignore[misc]
     site = AttentionSite(

@@ -21,13 +21,16 @@ from band_sites import examples as band_examples
 from interpreter_script import half_fills
 from lowering_sites import SCALED, causal, examples, load, side, site, t5
 from sink_cases import examples as sink_examples
+from skip_cases import examples as skip_examples
 from unnormalised_cases import examples as unnormalised_examples
 
 S0, S1 = sympy.symbols("s0 s1", integer=True, positive=True)
 
 
 @pytest.mark.parametrize(
-    "example", [*examples(), *sink_examples(), *unnormalised_examples(), *band_examples(), half_fills(37)], ids=lambda e: e.name
+    "example",
+    [*examples(), *sink_examples(), *unnormalised_examples(), *band_examples(), *skip_examples(), half_fills(37)],
+    ids=lambda e: e.name,
 )
 def test_a_site_comes_back_equal(example: Any) -> None:
     writer = Writer()
@@ -99,6 +102,16 @@ def test_what_is_not_known_is_refused_by_name(path: tuple[Any, ...], value: Any,
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(FormatError, match=message):
+        KernelPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 1.0), (0, 1), (1, 0.0), (2, 0), (3, True), (4, 24), (4, -16)])
+def test_tiles_that_are_none_are_refused(place: int, value: Any) -> None:
+    plan = make_plan(next(e.site for e in skip_examples() if e.name == "step"), "portable")
+    assert isinstance(plan, KernelPlan)
+    data = json.loads(plan.to_json())
+    data["site"]["skip"][place] = value
+    with pytest.raises(FormatError, match="skip is"):
         KernelPlan.from_json(json.dumps(data))
 
 

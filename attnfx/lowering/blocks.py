@@ -67,7 +67,7 @@ def mask_of(text: str) -> Mask | None:
 @lru_cache(maxsize=1024)
 def decidable(plan: KernelPlan) -> bool:
     """Whether the part of a mask that has no closed form decides some tile, were its data sorted."""
-    if not plan.facts.rest:
+    if not plan.facts.rest or plan.site.skip is not None:  # tiles that are decided on have an order
         return False
     found = enclose(expr.logical_and(*plan.facts.rest))
     return found.decides and _tried(found)

@@ -17,6 +17,7 @@ from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, nar
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
+from attnfx.skipping import Skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Program:
     slope       SCORE_GRAD where it is one number; else None
     pure        with a slope: the natural logits are the dots times it, and nothing else
     narrow      a window keeps few tiles of keys for a query
+    skip        which tiles are left out, or None
     key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
 
@@ -60,6 +62,7 @@ class Program:
     slope: float | None = None
     pure: bool = False
     narrow: bool = False
+    skip: Skip | None = None
     key: str = ""
 
     @property

@@ -96,7 +96,8 @@ def program_of(text: str) -> Program:
         kv_range=getattr(found, "kv_range", None), q_range=getattr(found, "q_range", None), fill=site.fill,
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
         weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
-        slope=slope, pure=slope is not None and proportional(site.score), narrow=_narrow(plan), key=key,
+        slope=slope, pure=slope is not None and proportional(site.score), narrow=_narrow(plan),
+        key="" if site.skip is not None else key, skip=site.skip,
     )  # fmt: skip
 
 

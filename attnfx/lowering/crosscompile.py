@@ -40,6 +40,7 @@ from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.templates import samples
 from attnfx.lowering.window_gradient import window_gradient
 from attnfx.site import AttentionSite, SideTensor
+from attnfx.skipping import Skip
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 OPTIONS = ("num_warps", "num_stages")
@@ -100,6 +101,11 @@ EXACT = Program(
 )  # fmt: skip
 WEIGHTED = replace(EXACT, weight=samples.relative_gate)
 PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "bias, finfo.min added, weight": WEIGHTED}
+#: Causal attention that leaves out tiles by their scores, in prefill and, of a step, in runs of keys.
+SKIPPING = {
+    "causal, tiles left out": replace(CAUSAL, skip=Skip(1e-3, None, 64, 64)),
+    "causal, step, tiles left out": replace(CAUSAL, skip=Skip(1e-3, None, 64, 64, 1024)),
+}
 #: Causal attention with a second product, of rows of its own.
 BANDED = "causal, second product"
 #: The program of causal attention inside of documents, whose kernels walk lists of tiles, and the kernels that make the lists.
@@ -159,6 +165,9 @@ def representative(target: str) -> Iterator[Job]:
     yield Job(BANDED, torch.float32, 64, target, ("forward", "query_gradient", "key_gradient", "window_gradient"))
     for head_dim in (64, 128):
         yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient", *BIAS_KINDS))
+    for head_dim in (64, 128, 256):
+        for program, kernel in zip(SKIPPING, ("forward", "decode_partial"), strict=True):
+            yield Job(program, bf16, head_dim, target, (kernel,))
     decoding = ("decode_partial", "decode_merge")
     for dtype in (bf16, torch.float32):
         for head_dim in (64, 128, 256):
@@ -229,7 +238,7 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
             loads = [torch.empty(batch, length, dtype=torch.int64, device="meta")]
             program, ints, rows, keys = _documents(loads, heads, length)
         else:
-            program = CAUSAL if job.program == BANDED else PROGRAMS[job.program]
+            program = CAUSAL if job.program == BANDED else (PROGRAMS | SKIPPING)[job.program]
         band = _band(q) if job.program == BANDED else None
         forward(program, q, k, k, loads, ints, blocks=rows, band=band)
         forward(program, q[:, :, :1], k, k, loads, ints)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnfx.lowering import skips
 from attnfx.lowering.configs import Tile, padded, target_of
 from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.decode import decode_merge, decode_partial
@@ -90,12 +91,17 @@ def launch(
 
     `splits` and `chosen` override what the sizes and the device ask for. Nothing is compiled anew for other numbers of keys.
     """
+    target, skip = recorded_target() or target_of(q.device), program.skip
+    if skip is not None:
+        chosen = skips.tile(skip, q.dtype, call.d, call.dv, target)
     chosen = chosen or tuned_tile(program.key, q, k, v, call.switches["DROPOUT"])
-    chosen = chosen or tile(q.dtype, call.d, call.dv, recorded_target() or target_of(q.device))
+    chosen = chosen or tile(q.dtype, call.d, call.dv, target)
     rows = call.group * call.m
-    block_m = min(padded(rows), ROWS)
+    block_m = min(padded(rows), ROWS if skip is None else skip.rows)
     programs = call.batch * (call.heads // call.group) * -(-rows // block_m)
     key_tiles = -(-call.n // chosen.block_n)
+    if skip is not None and skip.chunk is not None:
+        splits = -(-call.n // skip.chunk)
     splits = splits or min(chosen.splits, key_tiles) or split_count(programs, key_tiles, multiprocessors(q.device))
     total = call.batch * call.heads * call.m
     partial = q.new_empty((splits, total, call.dv), dtype=torch.float32)
@@ -107,11 +113,12 @@ def launch(
     switches = {name: value for name, value in call.switches.items() if name != "WEIGHT"} | {
         "BLOCK_N": chosen.block_n, "STAGES": chosen.num_stages, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages,
     }  # fmt: skip
+    skipped = skips.limit(skip, call.n), 0 if skip is None else skip.chunk
     r = residuals
     with call.device:
         run(
             decode_partial, (programs * splits,), q, k, v, partial, stats, call.seed, q.stride(), k.stride(), v.stride(),
-            *arguments, KV_RANGE=program.kv_range, EVEN_N=call.n % chosen.block_n == 0, **switches | {"BLOCK_M": block_m},
+            *arguments, *skipped, KV_RANGE=program.kv_range, EVEN_N=call.n % chosen.block_n == 0, **switches | {"BLOCK_M": block_m},
         )  # fmt: skip
         run(
             decode_merge, (total,), q, k, v, partial, stats, out, r.lse, r.row_max, r.row_sum, r.degenerate, call.seed,

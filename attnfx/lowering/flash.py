@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnfx.lowering import decode, short
+from attnfx.lowering import decode, short, skips
 from attnfx.lowering.band_launch import launched
 from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.call import Call, Program, Residuals
-from attnfx.lowering.configs import Config, Kernel, padded
-from attnfx.lowering.launch import run
+from attnfx.lowering.configs import Config, Kernel, padded, target_of
+from attnfx.lowering.launch import recorded_target, run
 from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.delta import flash_delta
 from attnfx.lowering.templates.flash_backward import flash_key_gradient, flash_query_gradient
@@ -41,6 +41,9 @@ def forward(
     of one element, needed where dropout_p > 0; `blocks` lists the tiles that the mask keeps, by rows (`blocks.py`); `band` is
     added to the dots (`bands.py`). Raises ValueError for what the kernels do not carry.
     """
+    skip = program.skip
+    if skip is not None:
+        config = skips.config(skip, q.dtype, q.shape[3], v.shape[3], recorded_target() or target_of(q.device))
     brief = config is None and blocks is None and band is None and is_short(q, k, v)
     chosen = short.config(q.shape[2], k.shape[2], q.dtype) if brief else config
     launch = Call.of("forward", program, q, k, v, loads, ints, dropout_p, seed, chosen, False, blocks, band is not None)
@@ -56,7 +59,8 @@ def forward(
     if brief:
         short.forward(launch, program, q, k, v, out, residuals)
         return out, residuals
-    if config is None and program.weight is None and band is None and decode.serves(launch.m, launch.n):
+    few = config is None and program.weight is None and band is None and decode.serves(launch.m, launch.n)
+    if few or (skip is not None and skip.chunk is not None):
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
@@ -65,7 +69,7 @@ def forward(
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launched(band),
-            KV_RANGE=program.kv_range,
+            skips.limit(skip, launch.n), KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
             TMA=tma, LISTS=blocks is not None, SLOPE=program.factor, **launch.even, **launch.switches,
         )  # fmt: skip

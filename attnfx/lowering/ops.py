@@ -245,6 +245,10 @@ def _flash_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, 
     seed, results = (saved[0], saved[1:]) if ctx.has_seed else (None, saved)
     results, saved = results[:5], iter(results[5:])
     lists = [next(saved) if given else None for given in ctx.lists]
+    if plan.site.skip is not None:
+        raise RuntimeError(
+            "this attention leaves out tiles by their scores and has no gradient; call the model under torch.no_grad()"
+        )
     _check_planned(plan, ctx.needs_input_grad[3])
     grads: list[Tensor | None] = [None] * ctx.loads
     # torch reads a list of numbers as one argument, and an empty list as a list of tensors

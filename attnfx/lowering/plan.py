@@ -16,7 +16,7 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.expr import Const, Expr, Int, Load
 from attnfx.facts import Facts, prove
-from attnfx.lowering import bands, forms
+from attnfx.lowering import bands, forms, skips
 from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import KINDS, BiasGradient, find
 from attnfx.lowering.kept import where_kept
@@ -233,7 +233,7 @@ def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
 
 
 def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
-    found = [*site.uncomputable, *bands.objections(site, family)]
+    found = [*site.uncomputable, *bands.objections(site, family), *skips.objections(site)]
     if not site.exponential:
         found.append(f'the normaliser is "{site.normaliser}"; a plan computes a softmax over keys.')
     if site.normaliser == "max" and (site.sink is not None or site.empty_rows == "zero"):

@@ -32,6 +32,8 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append(f"the scores or the mask load from {len(site.side)} side tensors; torch's fast kernels take none.")
     if site.band is not None:
         found.append("the scores hold a second product, of the queries and a vector of each distance; torch's attention has one.")
+    if site.skip is not None:
+        found.append("tiles of small scores are left out; torch's attention computes all.")
     if site.sink is not None:
         found.append("the softmax has a sink; torch's attention has none.")
     if site.normaliser != "softmax":

@@ -44,6 +44,8 @@ class Fused:
         if q.device.type != "cpu" or q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.shape[3] != v.shape[3]:
             return None
         form = affine(plan.site.score)
+        if plan.site.skip is not None:
+            return None
         if form is None or plan.site.normaliser != "softmax" or plan.site.dropout > 0.0 or plan.weight is not None or problem.empty:
             return None
         return Fused(problem, form)

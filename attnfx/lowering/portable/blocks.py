@@ -142,6 +142,8 @@ class Problem:
         layout = self.layout(STEPS)
         for b, h in self.chunks(batches or range(self.batch), heads or range(self.heads)):
             step = max(1, min(ROWS if layout is None else layout.rows, ELEMENTS // (len(b) * len(h) * self.keys)))
+            if (skip := self.plan.site.skip) is not None:  # no tile is worked on in parts
+                step = max(skip.rows, step // skip.rows * skip.rows)
             for first in range(rows.start, rows.stop, step):
                 yield self.block(b, h, range(first, min(first + step, rows.stop)))
 

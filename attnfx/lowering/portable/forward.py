@@ -14,6 +14,7 @@ from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
+from attnfx.skipping import left_out
 
 
 class Result(NamedTuple):
@@ -94,14 +95,17 @@ def new_result(plan: KernelPlan, q: Tensor, k: Tensor, v: Tensor) -> Result:
 def block_weights(problem: Problem, block: Block) -> Weights:
     """exp(z - row maximum) of a block; over all keys, in eager's terms, where a row of it meets the fill."""
     plan = problem.plan
-    z = masked_logits(problem, block, dots(problem, block))
+    z = _left(problem, block, masked_logits(problem, block, dots(problem, block)))
     row_max = z.amax(-1, keepdim=True) if z.shape[-1] else z.new_full((*z.shape[:-1], 1), -math.inf)
     literal = (row_max <= plan.floor) | (row_max >= -plan.hidden) if plan.exact_rows else None
     if literal is not None and not bool(literal.any()):
         literal = None
     if literal is not None and (plan.masked or plan.site.literal is not None):
         block = problem.all_keys(block)
-        z = literal_logits(problem, block, dots(problem, block), literal)[0]
+        product = dots(problem, block)
+        others = None if plan.site.skip is None else _left(problem, block, masked_logits(problem, block, product))
+        z = literal_logits(problem, block, product, literal)[0]
+        z = z if others is None else torch.where(literal, z, others)
         row_max = z.amax(-1, keepdim=True)
     if plan.empty_zero or not plan.exact_rows:
         row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
@@ -121,6 +125,14 @@ def masked_logits(problem: Problem, block: Block, dot: Tensor) -> Tensor:
     z = problem.logits(block, dot)
     keep = problem.keep(block)
     return z if keep is None else z.masked_fill(~keep, -math.inf)
+
+
+def _left(problem: Problem, block: Block, z: Tensor) -> Tensor:
+    """z (B',H',R,C) with -inf in the tiles that the site leaves out."""
+    skip = problem.plan.site.skip
+    if skip is None or not z.shape[-1]:
+        return z
+    return z.masked_fill(left_out(skip, z, problem.keys, problem.group, block.keys.start), -math.inf)
 
 
 def literal_logits(problem: Problem, block: Block, dot: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:

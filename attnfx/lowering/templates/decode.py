@@ -7,14 +7,14 @@ Flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding/), with
 import triton
 import triton.language as tl
 
-from attnfx.lowering.templates.flash_forward import _visit
+from attnfx.lowering.templates.flash_forward import _visit, first_maxima
 from attnfx.lowering.templates.streams import column_stream, row_stream
 from attnfx.lowering.templates.tiles import LN2, head_base, load_tile, row_pointers, visited_range
 
 NOWHERE = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "M", "N", "splits", "total"])
+@triton.jit(do_not_specialize=["heads", "group", "M", "N", "splits", "total", "chunk"])
 def decode_partial(
     q,
     k,
@@ -34,6 +34,8 @@ def decode_partial(
     dropout_p,
     splits,
     total,
+    limit,
+    chunk,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
     KV_RANGE: tl.constexpr,
@@ -57,7 +59,7 @@ def decode_partial(
     The rows of a tile are the queries of all the heads that share a key head, head by head: keys and values are read once.
     partial (splits, total, DV) fp32 is the sum of weights times values, not divided, and stats (2, splits, total) fp32 are
     the base-2 maximum and the sum of weights; total = B * H * M rows in the order (b, h, i). Where a maximum is -inf,
-    partial is not written.
+    partial is not written. With a `limit`, as of `flash_forward`, a split is `chunk` keys.
     """
     rows = group * M
     tiles = tl.cdiv(rows, BLOCK_M)
@@ -95,11 +97,15 @@ def decode_partial(
     one_head = first_row // M == last_row // M
     i_first = tl.where(one_head, first_row % M, 0)
     i_last = tl.where(one_head, last_row % M, M - 1)
-    lo, full_lo, full_hi, hi = visited_range(i_first, i_last, N, ints, KV_RANGE, KEEP, BLOCK_N)
+    lo, full_lo, full_hi, hi = visited_range(i_first, i_last, N, ints, KV_RANGE, KEEP, BLOCK_N, limit is not None)
     # this program's share, on the BLOCK_N grid but for the very end, and what of it needs no mask
-    share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
-    lo = tl.minimum(lo + split * share, hi)
-    hi = tl.minimum(lo + share, hi)
+    if limit is None:
+        share = tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), splits) * BLOCK_N
+        lo = tl.minimum(lo + split * share, hi)
+        hi = tl.minimum(lo + share, hi)
+    else:
+        lo = tl.minimum(tl.maximum(lo, split * chunk), hi)
+        hi = tl.maximum(tl.minimum(hi, (split + 1) * chunk), lo)
     full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
     full_hi = tl.maximum(tl.minimum(full_hi, hi), full_lo)
     gap = full_hi - full_lo
@@ -108,18 +114,20 @@ def decode_partial(
             lo, hi = _kept(lo, hi, b, h, i, N, loads, ints, KEEP, BLOCK_M, BLOCK_N, STAGES)
             full_lo = lo
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = first_maxima(row_ok, limit, BLOCK_M)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if KEEP is None or KV_RANGE is not None:
         acc, l, m = _visit(
             acc, l, m, q_tile, None, keys, values, full_lo, full_lo + gap, 0, 0, i, 0, N, at, noise, loads, ints, SCORE, KEEP,
             None, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, False,
+            False, None, limit,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, None, keys, values, lo, hi - gap, full_lo, gap, i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, None, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, False,
+            False, None, limit,
         )  # fmt: skip
 
     place = split.to(tl.int64) * total + (b * heads + key_head * group).to(tl.int64) * M + row

@@ -18,6 +18,8 @@ from attnfx.lowering.templates.tiles import (
     within,
 )
 
+HUGE = tl.constexpr(3e38)
+
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N"])
 def flash_forward(
@@ -45,6 +47,7 @@ def flash_forward(
     left,
     window,
     band,
+    limit,
     SCORE: tl.constexpr,
     KEEP: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -73,6 +76,7 @@ def flash_forward(
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
     A `band` (templates/band.py) is added to the dots, of square tiles. SLOPE is the positive factor that is all of SCORE, or None.
+    With a `limit` (base 2, negative), tiles whose scores lie that far below what their rows have met are left out: `_visit`.
 
     FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
     row degenerate; with EMPTY_ZERO a row of -inf gives zeros and not NaN. With EXACT_ROWS
@@ -111,21 +115,21 @@ def flash_forward(
 
     second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
     i_last = tl.minimum(i_first + BLOCK_M, M) - 1
-    full, masked = walks(i_first, i_last, N, ints, blocks, b, h, KV_RANGE, KEEP, BLOCK_N, LISTS)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    full, masked = walks(i_first, i_last, N, ints, blocks, b, h, KV_RANGE, KEEP, BLOCK_N, LISTS, limit is not None)
+    m = first_maxima(offs_m < M, limit, BLOCK_M)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if KEEP is None or KV_RANGE is not None or LISTS:
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
-            LISTS, SLOPE,
+            LISTS, SLOPE, limit,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints,
             SCORE, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
-            TMA, LISTS, SLOPE,
+            TMA, LISTS, SLOPE, limit,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -137,14 +141,20 @@ def flash_forward(
         if float("-inf") < FILL or COARSE is not None:  # noqa: SIM102
             # eager gives such rows weight where nothing is kept: start again, with every key, in natural units
             if some_degenerate:
-                natural_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                l = tl.zeros([BLOCK_M], tl.float32)
-                acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-                acc, l, natural_max = _visit(
-                    acc, l, natural_max, q_tile, second, keys, values, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
+                all_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                all_l = tl.zeros([BLOCK_M], tl.float32)
+                all_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+                all_acc, all_l, all_max = _visit(
+                    all_acc, all_l, all_max, q_tile, second, keys, values, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
                     KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
                     PRECISION, TMA,
                 )  # fmt: skip
+                if limit is None:
+                    acc, l, natural_max = all_acc, all_l, all_max
+                else:  # the other rows keep what they left out
+                    acc = tl.where(low[:, None], all_acc, acc)
+                    l = tl.where(low, all_l, l)
+                    natural_max = tl.where(low, all_max, natural_max)
         if EMPTY_ZERO:
             natural_max = tl.where(natural_max == float("-inf"), 0.0, natural_max)
         tl.store(row_max + stat, natural_max, mask=stat_ok)
@@ -158,6 +168,13 @@ def flash_forward(
     tl.store(lse + stat, natural_max + tl.log2(l) * LN2, mask=stat_ok)
     o_pointers = row_pointers(head_base(o, o_strides, b, h), o_strides, offs_m, offs_dv)
     tl.store(o_pointers, acc.to(o.dtype.element_ty), mask=row_ok & dv_ok)
+
+
+@triton.jit
+def first_maxima(there, limit, ROWS: tl.constexpr):
+    """Of rows [ROWS] that have met no key: -inf; with a `limit` of those beyond the last row a huge number: they want no tile."""
+    nothing = tl.full([ROWS], float("-inf"), tl.float32)
+    return nothing if limit is None else tl.where(there, nothing, HUGE)
 
 
 @triton.jit
@@ -199,10 +216,13 @@ def _visit(
     TMA: tl.constexpr,
     LISTS: tl.constexpr = False,
     SLOPE: tl.constexpr = None,
+    limit=None,
 ):
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
     Positions run from lo to hi; `tile_start` says where they lie. `low` [BLOCK_M]: the rows that COARSE is for, where LITERAL.
+    With a `limit` a tile counts only where in some row it reaches the row's largest score so far, less that: softmax, load of
+    the values and second product are left out of the others (BLASST, arXiv:2512.12087).
     """
     b, h, _ = at
     offs_n = tl.arange(0, BLOCK_N)
@@ -247,21 +267,68 @@ def _visit(
             else:
                 z = tl.where(KEEP(b, h, i, j, loads, ints) & inside[None, :], z, float("-inf"))
 
-        m_new = tl.maximum(m, tl.max(z, 1) * UNIT)
-        # a row that has met no key yet: -inf - -inf would be NaN
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        if LITERAL:
-            # the difference first: finfo.min * log2(e) would overflow
-            p = tl.exp2((z - m_safe[:, None]) * LOG2E)
-            alpha = tl.exp2((m - m_safe) * LOG2E)
+        if limit is None:
+            acc, l, m = _taken(
+                acc, l, m, z, values, start, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, MASKED, LITERAL, DROPOUT,
+                DV, BLOCK_N, BLOCK_DV, PRECISION, TMA,
+            )  # fmt: skip
         else:
-            p = tl.exp2(z * UNIT - m_safe[:, None])
-            alpha = tl.exp2(m - m_safe)
-        l = l * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        m = m_new
-        p = p * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
-        # v_tile [BLOCK_N, BLOCK_DV]
-        v_tile = row_tile(values, start, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            BLOCK_M: tl.constexpr = z.shape[0]
+            top = tl.max(z, 1) * UNIT
+            # as a NaN compares, a tile that holds one is wanted
+            wanted = (top != float("-inf")) & ((top < m + limit) == 0)
+            # reordered, though that is nothing to a maximum: Triton's pass over Blackwell's tensor memory stumbles over it else
+            if tl.max(tl.reshape(wanted.to(tl.int32), [BLOCK_M], can_reorder=True), 0) > 0:
+                acc, l, m = _taken(
+                    acc, l, m, z, values, start, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, MASKED, LITERAL,
+                    DROPOUT, DV, BLOCK_N, BLOCK_DV, PRECISION, TMA,
+                )  # fmt: skip
+    return acc, l, m
+
+
+@triton.jit
+def _taken(
+    acc,
+    l,
+    m,
+    z,
+    values,
+    start,
+    inside,
+    dv_ok,
+    i,
+    j,
+    at,
+    noise,
+    loads,
+    ints,
+    UNIT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+    LITERAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One tile of scores z [BLOCK_M, BLOCK_N] and its values, added to acc, l and m; UNIT times z are the logits."""
+    m_new = tl.maximum(m, tl.max(z, 1) * UNIT)
+    # a row that has met no key yet: -inf - -inf would be NaN
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    if LITERAL:
+        # the difference first: finfo.min * log2(e) would overflow
+        p = tl.exp2((z - m_safe[:, None]) * LOG2E)
+        alpha = tl.exp2((m - m_safe) * LOG2E)
+    else:
+        p = tl.exp2(z * UNIT - m_safe[:, None])
+        alpha = tl.exp2(m - m_safe)
+    l = l * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    m = m_new
+    p = p * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
+    # v_tile [BLOCK_N, BLOCK_DV]
+    v_tile = row_tile(values, start, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, l, m

@@ -56,8 +56,11 @@ def clamp(value, limit):
 
 
 @triton.jit
-def visited_range(first, last, limit, ints, RANGE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
-    """(lo, full_lo, full_hi, hi) on the BLOCK grid: visit [lo, full_lo) and [full_hi, hi) masked, the rest unmasked.
+def visited_range(
+    first, last, limit, ints, RANGE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, ASCENDING: tl.constexpr = False
+):  # fmt: skip
+    """(lo, full_lo, full_hi, hi) on the BLOCK grid: visit [lo, full_lo) and [full_hi, hi) masked, the rest unmasked; ASCENDING: as
+    `walks` says.
 
     `hi` alone may be off the grid: the last tile reaches over it.
     """
@@ -75,6 +78,8 @@ def visited_range(first, last, limit, ints, RANGE: tl.constexpr, KEEP: tl.conste
         lo = lo // BLOCK * BLOCK
         # an empty full range collapses onto lo, so that the second masked loop does all the work
         some = full_hi > full_lo
+        if ASCENDING:
+            some = some & (full_lo == lo)
         full_lo = tl.where(some, full_lo, lo)
         full_hi = tl.where(some, full_hi, lo)
     return lo, full_lo, full_hi, hi
@@ -82,17 +87,19 @@ def visited_range(first, last, limit, ints, RANGE: tl.constexpr, KEEP: tl.conste
 
 @triton.jit
 def walks(
-    first, last, limit, ints, blocks, b, h, RANGE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr
+    first, last, limit, ints, blocks, b, h, RANGE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
+    ASCENDING: tl.constexpr = False,
 ):  # fmt: skip
     """The unmasked and the masked tiles of a run of rows or keys, each as (first position, end, split, gap) of `tile_start`:
-    by `visited_range`, or those of a list in `blocks` = (lists, strides of batch, head, list); see templates/classify.py."""
+    by `visited_range`, or those of a list in `blocks` = (lists, strides of batch, head, list); see templates/classify.py.
+    ASCENDING: in their own order, the unmasked ones before the masked ones, or none of them taken for unmasked."""
     if LISTS:
         lists, batch_stride, head_stride, stride = blocks
         row = lists + b.to(tl.int64) * batch_stride + h.to(tl.int64) * head_stride + (first // OWN).to(tl.int64) * stride
         masked = (0, tl.load(row) * WALKED, row + 2, 1)
         full = (0, tl.load(row + 1) * WALKED, row + stride - 1, -1)
     else:
-        lo, full_lo, full_hi, hi = visited_range(first, last, limit, ints, RANGE, KEEP, BLOCK)
+        lo, full_lo, full_hi, hi = visited_range(first, last, limit, ints, RANGE, KEEP, BLOCK, ASCENDING)
         gap = full_hi - full_lo
         masked = (lo, hi - gap, full_lo, gap)
         full = (full_lo, full_hi, 0, 0)
