@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from attnfx import expr
+from attnfx import expr, fields
 from attnfx.expr import FALSE, INDEX, TRUE, Call, Const, Expr, Int, Load
 from attnfx.integers import FloorDiv
 from attnfx.interval_arithmetic import Interval, every, fits, of_floats, of_integers, of_positions, widened, within
@@ -157,6 +157,8 @@ class _Work:
             return _not(self.truth(e.args[0]))
         if e.op == "where":
             return self._choice(e)
+        if (each := fields.apart(e)) is not None:
+            return self.truth(each)
         if e.op in expr.COMPARE or e.op == "xor":
             a, b = e.args
             if a.dtype == b.dtype == _BOOL:

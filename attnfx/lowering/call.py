@@ -150,7 +150,7 @@ class Call:
         chosen = config or tuned(kernel, program.key, q, k, v, blocks is not None, dropout_p > 0.0)
         chosen = chosen or fitted(usual if program.weight is None else relieved(usual), m, n)
         if blocks is not None:
-            chosen = listed(kernel, chosen, target)
+            chosen = listed(kernel, chosen)
         if square:
             chosen = replace(chosen, block_m=chosen.block_n)
         switches = {

@@ -17,7 +17,7 @@ Kernel = Literal["forward", "query_gradient", "key_gradient", "tile_bias", "colu
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradient", "key_gradient", "tile_bias", "column_bias", "diagonal_bias")
 
 #: Rows (or keys) that share one list of tiles, and keys (or rows) of a tile in a list; templates/tiles.py says so too.
-OWN, WALKED = 128, 64
+OWN, WALKED = 64, 64
 
 # bytes of shared memory one block may use
 SHARED_LIMIT = {
@@ -196,13 +196,10 @@ def relieved(config: Config) -> Config:
     return replace(small, block_m=32, num_warps=8) if config.spills and config.num_warps < 8 else small
 
 
-def listed(kernel: Kernel, config: Config, target: str) -> Config:
+def listed(kernel: Kernel, config: Config) -> Config:
     """`config` with blocks no larger than the tiles of lists: a kernel's own tile has one list, and walks whole tiles of it."""
     own, walked = ("block_n", "block_m") if kernel == "key_gradient" else ("block_m", "block_n")
-    chosen = replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
-    # the ids of rows and keys stay in registers, too; AMD's four warps have 64 lanes each
-    large = chosen.block_m * chosen.block_n >= OWN * WALKED and target.startswith("sm")
-    return replace(chosen, num_warps=8) if large else chosen
+    return replace(config, **{own: min(getattr(config, own), OWN), walked: min(getattr(config, walked), WALKED)})
 
 
 def fitted(config: Config, m: int, n: int) -> Config:

@@ -23,8 +23,8 @@ class BlockTopK(Variant):
     A page's score is the mean of q.k over its keys, with q the mean over the query heads that share a key head of the block's
     first query. In a decode step that is the paper's choice. In a prefill `query_block` queries share it, as nothing of their
     future may choose: only pages complete at the first query take part, and `query_block=1` chooses for every query. Whole
-    pages are kept, also for `sinks` and `window`. Kernels on a GPU visit tiles of 128 queries, which have the pages of all
-    choices in them: so 128 queries share one.
+    pages are kept, also for `sinks` and `window`. Kernels on a GPU visit tiles of 64 queries, which have the pages of all
+    choices in them: smaller blocks of queries save less there.
 
     In a decode step the pages that are kept are gathered, where they are at most half of the keys or their number is not known:
     pages scattered over all keys would leave out few of a kernel's tiles. The scores of pages are made anew in each step, in one

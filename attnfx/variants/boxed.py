@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from attnfx import expr
+from attnfx import expr, fields
 from attnfx.expr import INDEX, Expr, Int
 from attnfx.site import AttentionSite
 from attnfx.variants.attend import Attend, beside, read
@@ -77,8 +77,21 @@ class Arranged:
         return self.boxes.order(self.tile) if self.tile else torch.arange(self.boxes.cells + self.boxes.extra)
 
     @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of the places of each axis that somebody does not see whole, where several fit into one number; else ()."""
+        widths = tuple((a.length - 1).bit_length() for a in self.boxes.axes if not a.whole)
+        return widths if len(widths) > 1 and fields.starts(widths)[-1] <= fields.BITS else ()
+
+    @cached_property
     def table(self) -> Tensor:
-        return self.boxes.table(self.order)
+        """(1 + 3 A, N) of :meth:`Boxes.table`; or (4, N): the token, and its places, least and largest, packed."""
+        rows = self.boxes.table(self.order)
+        if not self.widths:
+            return rows
+        some = [(n, a.length - 1) for n, a in enumerate(self.boxes.axes) if not a.whole]
+        # a further token sees all places, and stands anywhere: who sees it knows by its number
+        each = [[rows[1 + 3 * n + row].clamp(0, last) for n, last in some] for row in range(3)]
+        return torch.stack([rows[0], *(fields.packed(numbers, self.widths) for numbers in each)])
 
     def moved(self, attend: Attend, x: Tensor) -> Tensor:
         """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
@@ -118,6 +131,10 @@ def _arranged(boxes: Boxes, free: bool, ranges: bool) -> Arranged:
 def visible(made: Arranged, slot: int, free: bool) -> Expr:
     """Whether the token at place i sees the one at place j, by the table in ``slot``."""
     terms: list[Expr] = []
+    if made.widths:
+        place, low, high = (_number(slot, 1 + row, index) for row, index in enumerate((J, I, I)))
+        near = fields.inside(place, low, high, made.widths)
+        return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
     for n, axis in enumerate(made.boxes.axes):
         if not axis.whole:
             place, low, high = (_number(slot, 1 + 3 * n + row, index) for row, index in enumerate((J, I, I)))

@@ -22,7 +22,7 @@ from attnfx.site import AttentionSite
 from attnfx.variants.base import Variant
 
 #: Queries and keys of the tiles that kernels skip.
-ROWS, KEYS = 128, 64
+ROWS, KEYS = 64, 64
 #: What an order that only a gather gives may cost beside one of views.
 UNEVEN = 1.15
 #: Shapes of tiles that are counted out.

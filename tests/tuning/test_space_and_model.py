@@ -78,7 +78,7 @@ def test_a_shape_is_that_of_its_tensors() -> None:
 def test_the_grid_holds_what_a_kernel_takes(kernel: Any, dtype: torch.dtype) -> None:
     start = default(kernel, dtype, 64, 64, "sm90")
     for shape in (replace(LONG, dtype=dtype), replace(SWIN, dtype=dtype), replace(LONG, dtype=dtype, lists=True)):
-        grid = space.coarse(kernel, shape, "sm90", start)
+        grid = space.coarse(kernel, shape, start)
         assert len(grid) == len(set(grid)) > 2
         assert start not in grid
         for choice in grid:
@@ -86,15 +86,15 @@ def test_the_grid_holds_what_a_kernel_takes(kernel: Any, dtype: torch.dtype) -> 
             assert choice.block_m <= max(bucket(shape.queries), 16)
             assert choice.block_n <= max(bucket(shape.keys), 16)
             assert kernel != "diagonal_bias" or choice.block_m == choice.block_n
-            assert not shape.lists or choice == listed(kernel, choice, "sm90")
+            assert not shape.lists or choice == listed(kernel, choice)
 
 
 def test_windows_of_images_get_small_tiles_and_few_warps() -> None:
     start = default("forward", torch.bfloat16, 32, 32, "sm90")
-    small = space.coarse("forward", SWIN, "sm90", start)
+    small = space.coarse("forward", SWIN, start)
     assert {1, 2} <= {c.num_warps for c in small}
     assert max(max(c.block_m, c.block_n) for c in small if isinstance(c, Config)) == 64
-    assert {c.num_warps for c in space.coarse("forward", LONG, "sm90", start)} == {4, 8}
+    assert {c.num_warps for c in space.coarse("forward", LONG, start)} == {4, 8}
 
 
 def test_neighbours_differ_in_one_field_and_are_new() -> None:
@@ -110,10 +110,10 @@ def test_neighbours_differ_in_one_field_and_are_new() -> None:
 
 def test_splits_are_searched_for_beside_the_tile() -> None:
     shape, start = replace(LONG, queries=1), Tile(64, 4, 3, 8)
-    grid = space.coarse(space.DECODE, shape, "sm90", start)
+    grid = space.coarse(space.DECODE, shape, start)
     assert {c.splits for c in grid if isinstance(c, Tile)} == {4, 8, 16}
     assert Tile(64, 4, 3, 12) in space.near(space.DECODE, shape, "sm90", [start], [start])
-    few = space.coarse(space.DECODE, replace(shape, keys=300), "sm90", Tile(64, 4, 3, 4))
+    few = space.coarse(space.DECODE, replace(shape, keys=300), Tile(64, 4, 3, 4))
     assert all(c.splits <= -(-300 // c.block_n) for c in few if isinstance(c, Tile))  # no split is empty
 
 

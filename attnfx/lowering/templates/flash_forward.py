@@ -123,13 +123,13 @@ def flash_forward(
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
-            LISTS, SLOPE, limit,
+            LISTS, SLOPE, limit, EVEN_N, True,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints,
             SCORE, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
-            TMA, LISTS, SLOPE, limit,
+            TMA, LISTS, SLOPE, limit, EVEN_N, True,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -217,12 +217,15 @@ def _visit(
     LISTS: tl.constexpr = False,
     SLOPE: tl.constexpr = None,
     limit=None,
+    EVEN: tl.constexpr = False,
+    AHEAD: tl.constexpr = False,
 ):
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
     Positions run from lo to hi; `tile_start` says where they lie. `low` [BLOCK_M]: the rows that COARSE is for, where LITERAL.
-    With a `limit` a tile counts only where in some row it reaches the row's largest score so far, less that: softmax, load of
-    the values and second product are left out of the others (BLASST, arXiv:2512.12087).
+    EVEN: no tile reaches over the last key. With a `limit` a tile counts only where in some row it reaches the row's largest
+    score so far, less that: softmax and second product are left out of the others (BLASST, arXiv:2512.12087), and with AHEAD
+    their values are read all the same, so that the pipeline brings those that count in time.
     """
     b, h, _ = at
     offs_n = tl.arange(0, BLOCK_N)
@@ -233,6 +236,7 @@ def _visit(
     # logits that are the dots times a factor: it goes into the one multiplication and addition of the exponent
     FOLDED: tl.constexpr = SLOPE is not None and not LITERAL
     UNIT: tl.constexpr = SLOPE if FOLDED else 1.0
+    OVER: tl.constexpr = MASKED and not EVEN
     if CARRIED:
         lower = band_products(second, lo - BLOCK_N, D, BLOCK_N, BLOCK_D, PRECISION)
     for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
@@ -240,7 +244,7 @@ def _visit(
         offs_j = start + offs_n
         inside = offs_j < N
         # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
-        k_tile = column_tile(keys, start, inside[None, :], d_ok, MASKED, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+        k_tile = column_tile(keys, start, inside[None, :], d_ok, OVER, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         if second is not None:
             if CARRIED:
@@ -250,7 +254,7 @@ def _visit(
             else:
                 dot += band_scores(second, start, D, BLOCK_N, BLOCK_D, PRECISION)
         j = offs_j[None, :]
-        if MASKED:
+        if OVER:
             j = tl.minimum(offs_j, N - 1)[None, :]
         z = dot if FOLDED else SCORE(dot, b, h, i, j, loads, ints)
         if LITERAL:
@@ -264,24 +268,29 @@ def _visit(
         elif MASKED:
             if KEEP is None:
                 z = tl.where(inside[None, :], z, float("-inf"))
-            else:
+            elif OVER:
                 z = tl.where(KEEP(b, h, i, j, loads, ints) & inside[None, :], z, float("-inf"))
+            else:
+                z = tl.where(KEEP(b, h, i, j, loads, ints), z, float("-inf"))
 
         if limit is None:
             acc, l, m = _taken(
-                acc, l, m, z, values, start, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, MASKED, LITERAL, DROPOUT,
+                acc, l, m, z, values, start, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, OVER, LITERAL, DROPOUT,
                 DV, BLOCK_N, BLOCK_DV, PRECISION, TMA,
             )  # fmt: skip
         else:
             BLOCK_M: tl.constexpr = z.shape[0]
+            ahead = None
+            if AHEAD:
+                ahead = row_tile(values, start, inside[:, None], dv_ok, OVER, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
             top = tl.max(z, 1) * UNIT
             # as a NaN compares, a tile that holds one is wanted
             wanted = (top != float("-inf")) & ((top < m + limit) == 0)
             # reordered, though that is nothing to a maximum: Triton's pass over Blackwell's tensor memory stumbles over it else
             if tl.max(tl.reshape(wanted.to(tl.int32), [BLOCK_M], can_reorder=True), 0) > 0:
                 acc, l, m = _taken(
-                    acc, l, m, z, values, start, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, MASKED, LITERAL,
-                    DROPOUT, DV, BLOCK_N, BLOCK_DV, PRECISION, TMA,
+                    acc, l, m, z, values, start, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, OVER, LITERAL,
+                    DROPOUT, DV, BLOCK_N, BLOCK_DV, PRECISION, TMA, ahead,
                 )  # fmt: skip
     return acc, l, m
 
@@ -304,7 +313,7 @@ def _taken(
     ints,
     UNIT: tl.constexpr,
     WEIGHT: tl.constexpr,
-    MASKED: tl.constexpr,
+    OVER: tl.constexpr,
     LITERAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     DV: tl.constexpr,
@@ -312,8 +321,9 @@ def _taken(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    ahead=None,
 ):
-    """One tile of scores z [BLOCK_M, BLOCK_N] and its values, added to acc, l and m; UNIT times z are the logits."""
+    """One tile of scores z [BLOCK_M, BLOCK_N] and its values (or those read `ahead`), added to acc, l, m; UNIT z are the logits."""
     m_new = tl.maximum(m, tl.max(z, 1) * UNIT)
     # a row that has met no key yet: -inf - -inf would be NaN
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -329,6 +339,8 @@ def _taken(
     m = m_new
     p = p * probability_factor(i, j, at, noise, loads, ints, WEIGHT, DROPOUT)
     # v_tile [BLOCK_N, BLOCK_DV]
-    v_tile = row_tile(values, start, inside[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
+    v_tile = ahead
+    if ahead is None:
+        v_tile = row_tile(values, start, inside[:, None], dv_ok, OVER, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, l, m

@@ -9,7 +9,7 @@ from attnfx.lowering.templates.arithmetic import known_size
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # rows (or keys) that share a list of tiles, and keys (or rows) of a tile in it
-OWN = tl.constexpr(128)
+OWN = tl.constexpr(64)
 WALKED = tl.constexpr(64)
 
 

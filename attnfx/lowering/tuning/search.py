@@ -99,12 +99,12 @@ def search(subject: Subject, wanted: Sequence[Tensor] | None, means: Means, seco
         return found.outcome(begun, f"the shipped configuration does not give what the reference gives: {failure}")
     found.wanted = given if wanted is None else wanted
     found.times[subject.start] = means.timer(subject.launcher(subject.start), ROUGH)
-    arguments = subject.kernel, subject.shape, means.target
-    grid = found.promising(space.coarse(*arguments, subject.start), GRID)
+    grid = found.promising(space.coarse(subject.kernel, subject.shape, subject.start), GRID)
     found.visit(grid, COMPILING * seconds)
     for _ in range(STEPS):
         leaders = sorted(found.times, key=found.times.__getitem__)[:FINALISTS]
-        around = [c for c in space.near(*arguments, leaders, [*found.times, *found.seen]) if not found.pruned(c)]
+        moved = space.near(subject.kernel, subject.shape, means.target, leaders, [*found.times, *found.seen])
+        around = [c for c in moved if not found.pruned(c)]
         found.visit(around[:NEIGHBOURS], found.left() * COMPILING)
         if min(found.times, key=found.times.__getitem__) in leaders:
             break

@@ -58,7 +58,7 @@ def space(kernel: str, shape: Shape) -> Space:
     return replace(found, block_m=_within(found.block_m, shape.queries), block_n=_within(found.block_n, shape.keys))
 
 
-def coarse(kernel: str, shape: Shape, target: str, start: Choice) -> list[Choice]:
+def coarse(kernel: str, shape: Shape, start: Choice) -> list[Choice]:
     """The grid of tiles and warps, the other fields as in ``start``, what runs without a search; without ``start`` itself."""
     found = space(kernel, shape)
     if isinstance(start, Tile):
@@ -68,7 +68,7 @@ def coarse(kernel: str, shape: Shape, target: str, start: Choice) -> list[Choice
     else:
         sizes = product(found.block_m, found.block_n, found.warps)
         grid = [replace(start, block_m=m, block_n=n, num_warps=w, spills=0) for m, n, w in sizes]
-    return _allowed(kernel, shape, target, grid, [start])
+    return _allowed(kernel, shape, grid, [start])
 
 
 def near(kernel: str, shape: Shape, target: str, leaders: Sequence[Choice], known: Sequence[Choice]) -> list[Choice]:
@@ -82,7 +82,7 @@ def near(kernel: str, shape: Shape, target: str, leaders: Sequence[Choice], know
             moved += [replace(leader, splits=s) for s in around if 1 <= s <= SPLITS]
         elif described(kernel, shape, target):
             moved.append(replace(leader, tma=not leader.tma))
-    return _allowed(kernel, shape, target, moved, known)
+    return _allowed(kernel, shape, moved, known)
 
 
 def described(kernel: str, shape: Shape, target: str) -> bool:
@@ -96,16 +96,16 @@ def _within(blocks: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(b for b in blocks if b <= padded(max(size, 1))) or blocks[:1]
 
 
-def _allowed(kernel: str, shape: Shape, target: str, grid: Sequence[Choice], known: Sequence[Choice]) -> list[Choice]:
+def _allowed(kernel: str, shape: Shape, grid: Sequence[Choice], known: Sequence[Choice]) -> list[Choice]:
     """``grid`` as the kernel would take it, each once and none of ``known``."""
     seen = set(known)
-    return [c for c in _fitting(kernel, shape, target, grid) if not (c in seen or seen.add(c))]  # type: ignore[func-returns-value]
+    return [c for c in _fitting(kernel, shape, grid) if not (c in seen or seen.add(c))]  # type: ignore[func-returns-value]
 
 
-def _fitting(kernel: str, shape: Shape, target: str, grid: Sequence[Choice]) -> Iterator[Choice]:
+def _fitting(kernel: str, shape: Shape, grid: Sequence[Choice]) -> Iterator[Choice]:
     for choice in grid:
         if isinstance(choice, Config) and shape.lists:
-            choice = listed(cast(Kernel, kernel), choice, target)
+            choice = listed(cast(Kernel, kernel), choice)
         if isinstance(choice, Tile):
             choice = replace(choice, splits=min(choice.splits, -(-shape.keys // choice.block_n)))
         if isinstance(choice, Tile) or kernel != "diagonal_bias" or choice.block_m == choice.block_n:
