@@ -43,30 +43,30 @@ def inside(place: Expr, low: Expr, high: Expr, widths: Sequence[int]) -> Expr:
 def apart(e: Expr) -> Expr | None:
     """What :func:`inside` made, as comparisons of one field each; None of anything else."""
     match e:
-        case Call(
-            op="eq",
-            args=(
-                Call(op="bitand", args=(Call(op="bitor", args=(Call(op="sub", args=(p, a)), Call(op="sub"))), Int(value=guards))),
-                Int(),
-            ),
-        ) if guards.is_Integer and guards > 0:
-            ends = [k + 1 for k in range(int(guards).bit_length()) if int(guards) >> k & 1]
-            widths = [end - start - 1 for start, end in itertools.pairwise((0, *ends))]
-            high = _other(e)
-            whole = (x.args[0] for x in (p, a, high) if isinstance(x, Call) and x.op == "bitand")
-            operands = list(whole)
-            if len(operands) < 3 or inside(operands[0], operands[1], operands[2], widths) != e:
-                return None
-            fields = list(zip(starts(widths), widths, strict=False))
-            each = [[_field(x, *at) for at in fields] for x in operands]
-            return expr.logical_and(*(t for x, lo, hi in zip(*each, strict=True) for t in (expr.le(lo, x), expr.le(x, hi))))
+        case Call(op="eq", args=(Call(op="bitand", args=(Call(op="bitor", args=(below, above)), Int(value=guards))), _)):
+            pass
+        case _:
+            return None
+    operands = _differing(below, above)
+    if operands is None or not guards.is_Integer or guards <= 0:
+        return None
+    ends = [bit + 1 for bit in range(int(guards).bit_length()) if int(guards) >> bit & 1]
+    widths = [end - start - 1 for start, end in itertools.pairwise((0, *ends))]
+    if inside(*operands, widths) != e:
+        return None
+    place, low, high = ([_field(x, *at) for at in zip(starts(widths), widths, strict=False)] for x in operands)
+    return expr.logical_and(*(t for p, a, b in zip(place, low, high, strict=True) for t in (expr.le(a, p), expr.le(p, b))))
+
+
+def _differing(below: Expr, above: Expr) -> tuple[Expr, Expr, Expr] | None:
+    """(place, low, high) of ``place & _ - low & _`` and ``high & _ - place & _``."""
+    match below, above:
+        case (
+            Call(op="sub", args=(Call(op="bitand", args=(place, _)), Call(op="bitand", args=(low, _)))),
+            Call(op="sub", args=(Call(op="bitand", args=(high, _)), _)),
+        ):
+            return place, low, high
     return None
-
-
-def _other(e: Call) -> Expr:
-    """The upper end in what :func:`inside` may have made."""
-    between: Expr = e.args[0].args[0].args[1].args[0]  # type: ignore[attr-defined]
-    return between
 
 
 def _field(x: Expr, start: int, width: int) -> Expr:
