@@ -98,6 +98,11 @@ def masked_cases() -> Iterator[Case]:
     yield causal_case(5, sizes=(1, 2, 2, 70, 37, 16, 16))
     no_ranges = replace(CAUSAL, kv_range=None, q_range=None)
     yield causal_case(0, no_ranges, "causal without ranges")
+    # whole tiles of keys: masked ones are not checked for the end
+    even = (1, 2, 1, 70, 64, 24, 16)
+    yield causal_case(5, sizes=even)
+    yield causal_case(-5, no_ranges, "causal without ranges", sizes=even)
+    yield causal_case(-7, filled(CAUSAL, "finfo.min added"), "causal finfo.min added", sizes=even, grad_lse=False)
     for width in (1, 5, 40):
         yield Case(
             f"window {width}",
