@@ -26,7 +26,7 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append("tiles are left out and the scores hold a second product; here the scores are of q.k and side tensors.")
     if site.weight != ONE or site.normaliser != "softmax":
         found.append("tiles are left out and the probabilities are more than a softmax: a factor, or none that divides.")
-    if not found and site.device.startswith("cuda"):
+    if not found and site.device.startswith("cuda") and torch.cuda.is_available():
         found += _too_large(site, site.skip)
     return tuple(found)
 

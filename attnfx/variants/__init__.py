@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from attnfx.variants.shifted_groups import ShiftedGroups as ShiftedGroups
     from attnfx.variants.sink_calibration import SinkCalibration as SinkCalibration
     from attnfx.variants.sink_redistribution import SinkRedistribution as SinkRedistribution
+    from attnfx.variants.skip_softmax import SkipSoftmax as SkipSoftmax
     from attnfx.variants.sliding_window import SlidingWindow as SlidingWindow
     from attnfx.variants.streaming_heads import StreamingHeads as StreamingHeads
     from attnfx.variants.strided import Strided as Strided

@@ -14,7 +14,7 @@ from attnfx.lowering.templates.tiles import LN2, head_base, load_tile, row_point
 NOWHERE = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "M", "N", "splits", "total", "chunk"])
+@triton.jit(do_not_specialize=["heads", "group", "M", "N", "splits", "total"])
 def decode_partial(
     q,
     k,
