@@ -130,17 +130,24 @@ def _arranged(boxes: Boxes, free: bool, ranges: bool) -> Arranged:
 
 def visible(made: Arranged, slot: int, free: bool) -> Expr:
     """Whether the token at place i sees the one at place j, by the table in ``slot``."""
+    near = _packed(slot, made.widths) if made.widths else _compared(made.boxes, slot)
+    return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
+
+
+def _packed(slot: int, widths: tuple[int, ...]) -> Expr:
+    """Of a table with packed places."""
+    place, low, high = (_number(slot, 1 + row, index) for row, index in enumerate((J, I, I)))
+    return fields.inside(place, low, high, widths)
+
+
+def _compared(boxes: Boxes, slot: int) -> Expr:
+    """Of a table with three rows for each axis."""
     terms: list[Expr] = []
-    if made.widths:
-        place, low, high = (_number(slot, 1 + row, index) for row, index in enumerate((J, I, I)))
-        near = fields.inside(place, low, high, made.widths)
-        return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
-    for n, axis in enumerate(made.boxes.axes):
+    for n, axis in enumerate(boxes.axes):
         if not axis.whole:
             place, low, high = (_number(slot, 1 + 3 * n + row, index) for row, index in enumerate((J, I, I)))
             terms += [expr.le(low, place), expr.le(place, high)]
-    near = expr.logical_and(*terms)
-    return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
+    return expr.logical_and(*terms)
 
 
 def _number(slot: int, row: int, index: Expr) -> Expr:

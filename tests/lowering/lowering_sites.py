@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,3 +189,20 @@ def distance(got: Tensor, want: Tensor) -> float:
         return 0.0
     got, want = got.detach().double().nan_to_num(), want.detach().double().nan_to_num()
     return float((got - want).abs().max() / want.abs().max().clamp_min(0.05))
+
+
+def named(examples: Iterator[Example], names: Sequence[str]) -> list[Example]:
+    """Those with these names, all of which there are: what Triton's interpreter, which is slow, runs in the tests."""
+    found = [e for e in examples if e.name in names]
+    assert len(found) == len(names), sorted(set(names) - {e.name for e in found})
+    return found
+
+
+def tell(examples: Sequence[Example], errors: Callable[[Example], dict[str, float]]) -> None:
+    """Print a line of JSON for each example: its errors, or how it failed."""
+    for example in examples:
+        try:
+            line = {"name": example.name, "errors": errors(example)}
+        except Exception:
+            line = {"name": example.name, "failure": traceback.format_exc()}
+        print(json.dumps(line), flush=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,12 +23,14 @@ from lowering_sites import (
     distance,
     inputs,
     load,
+    named,
     padding,
     random,
     side,
     site,
     softcap,
     t5,
+    tell,
     window,
 )
 from torch import Tensor
@@ -156,18 +156,11 @@ def errors(example: Example, family: Family, dtype: torch.dtype, device: str = "
 
 def interpreted() -> list[Example]:
     """Those that Triton's interpreter, which is slow, runs in the tests."""
-    found = [e for e in examples() if e.name in INTERPRETED]
-    assert len(found) == len(INTERPRETED), sorted(set(INTERPRETED) - {e.name for e in found})
-    return found
+    return named(examples(), INTERPRETED)
 
 
 def main() -> None:
-    for example in interpreted():
-        try:
-            line = {"name": example.name, "errors": errors(example, "flash", torch.float32)}
-        except Exception:
-            line = {"name": example.name, "failure": traceback.format_exc()}
-        print(json.dumps(line), flush=True)
+    tell(interpreted(), lambda example: errors(example, "flash", torch.float32))
 
 
 if __name__ == "__main__":

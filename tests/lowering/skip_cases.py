@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lowering_sites import MIN32, SCALED, B, Example, H, I, J, alibi, causal, distance, inputs, load, random, side, site, window
+from lowering_sites import (
+    MIN32,
+    SCALED,
+    B,
+    Example,
+    H,
+    I,
+    J,
+    alibi,
+    causal,
+    distance,
+    inputs,
+    load,
+    named,
+    random,
+    side,
+    site,
+    tell,
+    window,
+)  # fmt: skip
 from sink_cases import plan_text
 from torch import Tensor
 
@@ -98,18 +115,11 @@ def errors(example: Example, family: Family, dtype: torch.dtype, device: str = "
 
 def interpreted() -> list[Example]:
     """Those that Triton's interpreter, which is slow, runs in the tests."""
-    found = [e for e in examples() if e.name in INTERPRETED]
-    assert len(found) == len(INTERPRETED), sorted(set(INTERPRETED) - {e.name for e in found})
-    return found
+    return named(examples(), INTERPRETED)
 
 
 def main() -> None:
-    for example in interpreted():
-        try:
-            line = {"name": example.name, "errors": errors(example, "flash", torch.float32)}
-        except Exception:
-            line = {"name": example.name, "failure": traceback.format_exc()}
-        print(json.dumps(line), flush=True)
+    tell(interpreted(), lambda example: errors(example, "flash", torch.float32))
 
 
 if __name__ == "__main__":

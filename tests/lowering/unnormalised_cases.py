@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
-from lowering_sites import BATCH, HEADS, KEYS, MIN32, Example, H, I, J, causal, distance, inputs, load, padding, random, side, site
+from lowering_sites import (
+    BATCH,
+    HEADS,
+    KEYS,
+    MIN32,
+    Example,
+    H,
+    I,
+    J,
+    causal,
+    distance,
+    inputs,
+    load,
+    named,
+    padding,
+    random,
+    side,
+    site,
+    tell,
+)
 from lowering_sites import B as BATCHES
 from sink_cases import float_mask, plan_text
 from torch import Tensor
@@ -78,14 +95,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def main() -> None:
-    for example in examples():
-        if example.name not in INTERPRETED:
-            continue
-        try:
-            line = {"name": example.name, "errors": errors(example, "flash", torch.float32)}
-        except Exception:
-            line = {"name": example.name, "failure": traceback.format_exc()}
-        print(json.dumps(line), flush=True)
+    tell(named(examples(), INTERPRETED), lambda example: errors(example, "flash", torch.float32))
 
 
 if __name__ == "__main__":
