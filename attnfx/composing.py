@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from attnfx.beside import Known
 from attnfx.evaluate import integer
-from attnfx.laid_beside import held
+from attnfx.laid_beside import CONSTANT, held
+from attnfx.lowering.fixed_lists import fixed
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.model_inputs import placeholder
 from attnfx.nodes import Load, walk
@@ -133,9 +134,15 @@ def attention_node(
     ops = torch.ops.attnfx
     whole = ops.attention_lse.default if lse else ops.attention.default
     target = whole if site.normaliser == "softmax" else ops.attention_unnormalised.default
+    lists = [held(splicer, t, shared=True) for t in fixed(plan, [_constant(splicer, load) for load in loads])]
     return splicer.graph.call_function(
-        target, (query, key, value, given, sizes, plan.to_json(), site.origin.module or site.origin.node)
+        target, (query, key, value, given, sizes, plan.to_json(), site.origin.module or site.origin.node, *lists)
     )
+
+
+def _constant(splicer: Splicer, node: fx.Node) -> Tensor | None:
+    """The tensor that a variant computed and the graph holds; None for what a call brings."""
+    return splicer.gm.get_buffer(str(node.target)) if node.op == "get_attr" and str(node.target).startswith(CONSTANT) else None
 
 
 class OnTensors(Attend):

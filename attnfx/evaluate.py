@@ -192,6 +192,10 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The meaning of ``site`` in the dtype of ``q``, with S x S tensors: q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,Dv) ->
     (B,H,M,Dv), and the natural LSE (B,H,M)."""
+    if site.order is not None:
+        q, k, v = (site.order.moved(t) for t in (q, k, v))
+        out, lse = attention(site.replace(order=None), q, k, v, loads, sizes)
+        return site.order.back(out), site.order.back(lse.unsqueeze(-1)).squeeze(-1)
     heads, groups = q.shape[1], q.shape[1] // max(k.shape[1], 1)
     k, v = (t.repeat_interleave(groups, 1) if groups != 1 else t for t in (k, v))
     grid = grid_of(q.shape[0], heads, range(q.shape[2]), range(k.shape[2]), q.device)

@@ -18,7 +18,8 @@ from attnfx.pair_bias import PairNodes
 from attnfx.rewrite import Splicer
 
 _ATEN = torch.ops.aten
-_NAME = "attnfx_constant_"
+#: How the names of such buffers begin.
+CONSTANT = "attnfx_constant_"
 
 
 def laid_beside(
@@ -61,9 +62,9 @@ def _with_columns(splicer: Splicer, node: fx.Node, columns: fx.Node, batch: symp
 def held(splicer: Splicer, tensor: Tensor, shared: bool = False) -> fx.Node:
     """A tensor as a buffer of the graph. ``shared``: equal ones are one, as those of layers that share a bias."""
     known = dict(splicer.gm.named_buffers())
-    name = next((n for n, t in known.items() if shared and n.startswith(_NAME) and _same(t, tensor)), "")
+    name = next((n for n, t in known.items() if shared and n.startswith(CONSTANT) and _same(t, tensor)), "")
     if not name:
-        name = next(f"{_NAME}{k}" for k in range(len(known) + 1) if f"{_NAME}{k}" not in known)
+        name = next(f"{CONSTANT}{k}" for k in range(len(known) + 1) if f"{CONSTANT}{k}" not in known)
         splicer.gm.register_buffer(name, tensor)
     splicer.made.append(splicer.graph.get_attr(name))
     return splicer.made[-1]

@@ -141,5 +141,6 @@ def line(site: AttentionSite) -> str:
     name = "softmax" if site.normaliser == "softmax" else "exp less max"
     score = formula(site.score) if site.band is None else formula(site.score).replace("q·k", f"q·k + {product(site.band)}")
     skip = "" if site.skip is None else f", tiles below {site.skip} left out"
-    weights = f"{weight}{name}({score} | {mask(site)}{fill}{sink}{skip}{drop})"
+    order = "" if site.order is None else f", i and j of {site.order}"
+    weights = f"{weight}{name}({score} | {mask(site)}{fill}{sink}{skip}{order}{drop})"
     return f"{weights} v  [{shape} {lengths} {width} {short(site.dtype)}]"

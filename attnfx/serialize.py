@@ -21,6 +21,7 @@ from attnfx.errors import AttnfxError
 from attnfx.expr import INDEX, OPERATIONS, Call, Const, Expr, Int, Load, Score, children
 from attnfx.feature_maps import KINDS, FeatureMap
 from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod
+from attnfx.ordering import Order
 from attnfx.site import AttentionSite, SideTensor
 from attnfx.skipping import TILES, Skip
 
@@ -239,6 +240,8 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
         data["band"] = [band.left, band.right, row, band.width, keep, float(band.factor), write_dtype(band.dtype)]
     if site.skip is not None:
         data["skip"] = list(astuple(site.skip))
+    if site.order is not None:
+        data["order"] = [list(site.order.sizes), list(site.order.axes)]
     if site.normaliser == "max":
         data["normaliser"] = "max"
     elif site.normaliser != "softmax":
@@ -249,7 +252,7 @@ def site_to_data(site: AttentionSite, writer: Writer) -> dict[str, Json]:
 
 def site_from_data(data: Json, reader: Reader) -> AttentionSite:
     known = {*_INTEGER_FIELDS, *_PLAIN, *_RANGES, *_EXPRESSIONS, "dtype", "fill", "dropout", "side", "sink"}
-    optional = {"linear", "literal", "normaliser", "band", "skip"} & set(data) if isinstance(data, dict) else set()
+    optional = {"linear", "literal", "normaliser", "band", "skip", "order"} & set(data) if isinstance(data, dict) else set()
     fields(data, "site", known | optional)
     values: dict[str, Any] = {name: read_integer(data[name]) for name in _INTEGER_FIELDS}
     for name, types in _PLAIN.items():
@@ -268,6 +271,8 @@ def site_from_data(data: Json, reader: Reader) -> AttentionSite:
         values["band"] = _band(data["band"], reader)
     if "skip" in optional:
         values["skip"] = _skip(data["skip"])
+    if "order" in optional:
+        values["order"] = _order(data["order"])
     values |= {name: reader.get(data[name]) for name in _EXPRESSIONS}
     values |= {name: float(read_number(data[name])) for name in ("fill", "dropout")}
     if "normaliser" in optional:
@@ -303,6 +308,15 @@ def _skip(data: Json) -> Skip:
             if sizes and runs and 0.0 < threshold < 1.0 and (factor is None or 0.0 < factor < math.inf):
                 return Skip(threshold, factor, rows, keys, chunk)
     raise FormatError(f"skip is {data!r}; it is [threshold, scale factor or null, rows, keys, chunk or null]")
+
+
+def _order(data: Json) -> Order:
+    """The order in which the tokens are counted."""
+    match data:
+        case [list(sizes), list(axes)] if all(type(n) is int for n in (*sizes, *axes)):
+            if sizes and min(sizes) > 0 and sorted(axes) == list(range(len(sizes))):
+                return Order(tuple(sizes), tuple(axes))
+    raise FormatError(f"order is {data!r}; it is [sizes of the digits of a place, the digits in the order in which they count]")
 
 
 def _band(data: Json, reader: Reader) -> Band:

@@ -29,6 +29,7 @@ from attnfx.facts import Facts, prove
 from attnfx.feature_maps import IDENTITY, FeatureMap
 from attnfx.integer_functions import foreign
 from attnfx.integers import Ranges
+from attnfx.ordering import Order
 from attnfx.skipping import Skip
 
 
@@ -73,6 +74,7 @@ class AttentionSite:
     the softmax, in b, h, i and j, without :class:`attnfx.expr.Score`: what a head mask or a second mask does; the denominator
     does not know it. ``band``: a product of each query with a vector of each distance; :class:`attnfx.expr.Score` is q.k and
     this product. ``skip``: tiles of scores that are taken for -inf because they lie far below what their rows have met.
+    ``order``: the order in which i and j count the tokens, queries and keys alike, where that is not the one in which they lie.
     ``normaliser``: ``"softmax"``; ``"max"``, exponentials that only their row's largest divides (a constant to gradients), which
     give their row sums and maxima too; or without exponentials ``"sum"``, ``"abs_sum"`` (what divides a row is ``divisor``, in
     which :class:`attnfx.expr.Score` stands for the sum of the row's weights, or of their magnitudes) or ``"none"``;
@@ -110,6 +112,7 @@ class AttentionSite:
     key_map: FeatureMap = IDENTITY
     band: Band | None = None
     skip: Skip | None = None
+    order: Order | None = None
 
     def replace(self, **changes: object) -> AttentionSite:
         if "literal" not in changes and not changes.keys().isdisjoint(("score", "keep", "fill", "additive", "empty_rows")):

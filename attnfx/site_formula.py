@@ -36,6 +36,8 @@ def _softmax(site: AttentionSite) -> list[tuple[str, str]]:
         size = f"{site.skip.rows} × {site.skip.keys}"
         tile = f"−∞ in tiles of {size} in which no row reaches {site.skip} times its largest exponential before"
         lines.append((_Z, f"<mtext>{tile}</mtext>"))
+    if site.order is not None:
+        lines.append((_IJ, f"<mtext>the digits {site.order}, of the places of query and key</mtext>"))
     power = f"<msup>{identifier('e')}{{}}</msup>"
     whole = row(_sum(), power.format(_Z))
     if site.sink is not None:

@@ -186,7 +186,7 @@ def unnamed(gm: fx.GraphModule, name: str, inner: fx.GraphModule) -> None:
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 if str(node.target).startswith(("attnfx.attention", "attnfx.linear_site", "attnfx.vendor_attention")):
-                    node.args = node.args[:6]
+                    node.args = (*node.args[:6], "", *node.args[7:])
                     node.meta["custom"] = {k: v for k, v in (node.meta.get("custom") or {}).items() if k != NOTE}
                 elif str(node.target).startswith("attnfx.linear_attention"):
                     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "site"}

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "attnfx"
 SITE = {
     "site", "expr", "nodes", "errors", "integers", "integer_functions", "facts", "hulls", "evaluate", "notation",
     "serialize", "feature_maps", "linear_reference", "algebra", "algebra_check", "interval_arithmetic", "intervals", "tiling",
-    "band", "skipping", "fields",
+    "band", "skipping", "fields", "ordering",
 }  # fmt: skip
 """What an attention is: expressions, proofs about them, and errors. Imports nothing of ours but itself."""
 ENDS = ("patterns", "lowering")

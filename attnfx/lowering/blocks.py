@@ -109,7 +109,7 @@ def _alone(plan: KernelPlan) -> tuple[KernelPlan, tuple[int, ...]]:
     alone = site.replace(
         score=Score(), keep=keep, sink=None, weight=expr.ONE, side=tuple(site.side[s] for s in slots), key_heads=site.heads,
         head_dim=16, value_dim=16, dtype=torch.float32, dropout=0.0, requires_grad=False, fill=float("-inf"), additive=False,
-        empty_rows="zero", band=None,
+        empty_rows="zero", band=None, order=None,
     )  # fmt: skip
     symbols = tuple(s for s in plan.symbols if s in expr.symbols(keep))
     return KernelPlan(alone, "flash", (), (), False, symbols), tuple(slots)
@@ -122,9 +122,11 @@ def shape(batch: int, heads: int, queries: int, keys: int, by_keys: bool) -> tup
 
 
 def of_call(
-    text: str, query: Tensor, key: Tensor, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The lists by rows and, where a gradient will be wanted, by keys, of a call of the plan ``text``; None where it has none."""
+    text: str, query: Tensor, key: Tensor, loads: Sequence[Tensor], values: Mapping[sympy.Symbol, int],
+    known: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The lists by rows and, where a gradient will be wanted, by keys, of a call of the plan ``text``; None where it has none.
+    ``known``: those that were made before."""
     queries, keys = query.shape[2], key.shape[2]
     small = isinstance(queries, int) and isinstance(keys, int) and not worthwhile(queries, keys)
     mask = None if small or not kernels_run(query.device) else mask_of(text)
@@ -139,7 +141,8 @@ def of_call(
         found: Tensor = torch.ops.attnfx.blocks(given, numbers, batch, heads, queries, keys, by_keys, query.device, mask.text)
         return found
 
-    return lists(False), lists(True) if grads else None
+    by_rows, by_keys = known
+    return lists(False) if by_rows is None else by_rows, lists(True) if grads and by_keys is None else by_keys if grads else None
 
 
 def kernels_run(device: torch.device) -> bool:

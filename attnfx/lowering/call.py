@@ -42,6 +42,7 @@ class Program:
     pure        with a slope: the natural logits are the dots times it, and nothing else
     narrow      a window keeps few tiles of keys for a query
     skip        which tiles are left out, or None
+    place       PLACE(number) -> where that token lies, or None: as it is counted
     key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
 
@@ -63,6 +64,7 @@ class Program:
     pure: bool = False
     narrow: bool = False
     skip: Skip | None = None
+    place: Any | None = None
     key: str = ""
 
     @property

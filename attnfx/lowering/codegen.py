@@ -24,6 +24,7 @@ from attnfx.lowering.handed import handed
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
+from attnfx.ordering import Order
 
 if TYPE_CHECKING:
     from attnfx.lowering.call import Program
@@ -38,7 +39,7 @@ NARROW = 2048
 
 
 def source(plan: KernelPlan) -> str:
-    """The module: score, score_grad, keep, kv_range, q_range where the mask has them, weight, coarse. Raises Unprintable."""
+    """The module: score, score_grad, keep, kv_range, q_range, weight, coarse, place, where there are such. Raises Unprintable."""
     site, parts = plan.site, []
     parts.append(function("score", f"dot, {ELEMENTWISE}", plan, site.score, base_2=True))
     if plan.score_derivative is not None:
@@ -52,6 +53,8 @@ def source(plan: KernelPlan) -> str:
     for name, letter, bounds in (("kv_range", "i", plan.key_bounds), ("q_range", "j", plan.query_bounds)):
         if bounds is not None:
             parts.append(_range_function(name, letter, plan, bounds))
+    if site.order is not None:
+        parts.append(definition("place", "number", [f"return {placed(site.order)}"]))
     return module_text(_header(plan), parts)
 
 
@@ -97,7 +100,7 @@ def program_of(text: str) -> Program:
         additive=site.additive, exact_rows=plan.exact_rows, hidden=plan.hidden, empty_zero=plan.empty_zero,
         weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
         slope=slope, pure=slope is not None and proportional(site.score), narrow=_narrow(plan),
-        key="" if site.skip is not None else key, skip=site.skip,
+        key="" if site.skip is not None else key, skip=site.skip, place=getattr(found, "place", None),
     )  # fmt: skip
 
 
@@ -142,6 +145,19 @@ def function(name: str, parameters: str, plan: KernelPlan, e: Expr, base_2: bool
     body.count(e)
     result = body.base_2(e) if base_2 else body.text(e)
     return definition(name, parameters, [*body.lines, f"return {_bare(result)}"])
+
+
+def placed(order: Order) -> str:
+    """Where the token ``number`` lies."""
+    terms, below = list[str](), 1
+    for n, (size, step) in enumerate(reversed(order.digits)):
+        digit = "number" if below == 1 else f"number // {below}"
+        if n < len(order.digits) - 1:  # the first digit has no end
+            digit = f"({digit}) % {size}" if below > 1 else f"{digit} % {size}"
+        digit = f"({digit})" if below > 1 and "%" not in digit else digit
+        terms.append(digit if step == 1 else f"{digit} * {step}")
+        below *= size
+    return " + ".join(reversed(terms)) or "number"
 
 
 def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) -> str:

@@ -64,14 +64,15 @@ def forward(
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
-    queries, keys, values, _, tma = launch.streamed(q, k, v)
+    # a descriptor's tile is of neighbouring rows
+    queries, keys, values, _, tma = launch.streamed(q, k, v) if program.place is None else (q, k, v, None, False)
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launched(band),
             skips.limit(skip, launch.n), KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            TMA=tma, LISTS=blocks is not None, SLOPE=program.factor, **launch.even, **launch.switches,
+            TMA=tma, LISTS=blocks is not None, SLOPE=program.factor, PLACE=program.place, **launch.even, **launch.switches,
         )  # fmt: skip
     return out, residuals
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx.lowering import bands, blocks, outside, portable, timeline
+from attnfx.lowering import bands, blocks, ordered, outside, portable, timeline
 from attnfx.lowering.plan import KernelPlan
 
 LIBRARY: Any = torch.library.Library("attnfx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -28,7 +28,8 @@ _BLOCKS = (
 )
 _RESULT = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum, Tensor degenerate"
 
-_ATTENTION = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan, str site=''"
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor[] loads, SymInt[] sizes, str plan, str site=''"
+_ATTENTION = f"{_OPERANDS}, Tensor? row_blocks=None, Tensor? key_blocks=None"
 
 LIBRARY.define(f"attention({_ATTENTION}) -> Tensor")
 LIBRARY.define(f"attention_lse({_ATTENTION}) -> (Tensor out, Tensor lse)")
@@ -39,41 +40,55 @@ LIBRARY.define(f"blocks({_BLOCKS}) -> Tensor", tags=_TAGS)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = "",
+    row_blocks: Tensor | None = None, key_blocks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(B,H,M,D), (B,HK,N,D), (B,HK,N,DV) -> (B,H,M,DV): the attention that ``plan`` (text of a KernelPlan) describes.
 
     ``loads`` are the site's side tensors, ``sizes`` the values of its ``symbols``. Differentiable in query, key, value and
-    the side tensors whose gradients were planned. Raises ValueError where the numbers of loads or sizes are not the plan's.
+    the side tensors whose gradients were planned. ``row_blocks`` and ``key_blocks`` are the lists of tiles that the mask keeps,
+    where they are known before the call (`fixed_lists.py`). Raises ValueError where there are not as many loads or sizes as
+    the plan has.
     """
-    return _attention(query, key, value, loads, sizes, plan, site)[0][0]
+    if ordered.wanted(plan) and not ordered.fused(plan, query, (query, key, value, *loads)):
+        found: Any = ordered.put(attention, query, key, value, loads, sizes, plan, site, row_blocks, key_blocks)
+        return found  # type: ignore[no-any-return]
+    return _attention(query, key, value, loads, sizes, plan, site, (row_blocks, key_blocks))[0][0]
 
 
 def attention_lse(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = "",
+    row_blocks: Tensor | None = None, key_blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`attention`, and the LSE (B,H,M): the natural log of each row's softmax denominator, a sink's term included.
 
     float32, for a float64 query float64; -inf for a row whose keys are all -inf and that has no sink. Gradients flow through both.
     """
-    out, _ = _attention(query, key, value, loads, sizes, plan, site, with_lse=True)
+    if ordered.wanted(plan):
+        found: Any = ordered.put(attention_lse, query, key, value, loads, sizes, plan, site, row_blocks, key_blocks)
+        return found  # type: ignore[no-any-return]
+    out, _ = _attention(query, key, value, loads, sizes, plan, site, (row_blocks, key_blocks), with_lse=True)
     return out
 
 
 def attention_unnormalised(
-    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str = "",
+    row_blocks: Tensor | None = None, key_blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """sum_j exp(z_ij - m_i) v_j (B,H,M,DV), sum_j exp(z_ij - m_i) (B,H,M) and the row maxima m (B,H,M), for a plan of such a site.
 
     The latter two are float32, for a float64 query float64. Gradients flow through the first two, m taken for a constant.
     """
-    (out, _), results = _attention(query, key, value, loads, sizes, plan, site)
+    if ordered.wanted(plan):
+        found: Any = ordered.put(attention_unnormalised, query, key, value, loads, sizes, plan, site, row_blocks, key_blocks)
+        return found  # type: ignore[no-any-return]
+    (out, _), results = _attention(query, key, value, loads, sizes, plan, site, (row_blocks, key_blocks))
     return outside.unnormalised(out, results)
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, loads: Sequence[Tensor], sizes: Sequence[int], plan: str, site: str,
-    with_lse: bool = False,
+    lists: tuple[Tensor | None, Tensor | None], with_lse: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], Sequence[Tensor]]:  # fmt: skip
     """(O, LSE) of the site, and what the kernel gave."""
     read = KernelPlan.from_json(plan)
@@ -86,7 +101,7 @@ def _attention(
     seed = None
     if read.site.dropout > 0.0:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=query.device)
-    lists = blocks.of_call(plan, query, key, loads, values)
+    lists = blocks.of_call(plan, query, key, loads, values, lists)
     results = torch.ops.attnfx.flash(query, key, value, [*loads, *tables], sizes, seed, plan, *lists, site)
     out, lse = outside.applied(read, results, loads, values, with_lse) if read.has_outside else (results[0], results[1])
     if with_lse and read.shift is not None:

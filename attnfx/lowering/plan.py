@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from attnfx import expr
+from attnfx import expr, ordering
 from attnfx.expr import Const, Expr, Int, Load
 from attnfx.facts import Facts, prove
 from attnfx.lowering import bands, forms, skips
@@ -234,6 +234,7 @@ def _unprintable(plan: KernelPlan) -> tuple[str, ...]:
 
 def _objections(site: AttentionSite, family: Family) -> tuple[str, ...]:
     found = [*site.uncomputable, *bands.objections(site, family), *skips.objections(site)]
+    found += ordering.objections(site.order, site.queries, site.keys, alone=site.band is None and site.skip is None)
     if not site.exponential:
         found.append(f'the normaliser is "{site.normaliser}"; a plan computes a softmax over keys.')
     if site.normaliser == "max" and (site.sink is not None or site.empty_rows == "zero"):

@@ -34,6 +34,8 @@ def objections(site: AttentionSite) -> tuple[str, ...]:
         found.append("the scores hold a second product, of the queries and a vector of each distance; torch's attention has one.")
     if site.skip is not None:
         found.append("tiles of small scores are left out; torch's attention computes all.")
+    if site.order is not None:
+        found.append("the tokens are counted in an order of their own; torch's attention counts them as they lie.")
     if site.sink is not None:
         found.append("the softmax has a sink; torch's attention has none.")
     if site.normaliser != "softmax":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnfx import expr, fields
 from attnfx.expr import INDEX, Expr, Int
+from attnfx.ordering import Order
 from attnfx.site import AttentionSite
 from attnfx.variants.attend import Attend, beside, read
 from attnfx.variants.boxes import Boxes
@@ -61,8 +62,11 @@ def _attended(attend: Attend, whole: AttentionSite, query: Tensor, key: Tensor, 
         near = expr.logical_and(near, expr.le(_number(slot, 0, J), _number(slot, 0, I)))
     # a token sees itself, so no row is empty
     site = site.replace(keep=near, fill=-math.inf, additive=False, empty_rows="zero")
+    table = [attend.constant(made.table)]
+    if made.digits is not None and not boxes.extra:  # the attention reads its tokens in that order
+        return attend(site.replace(order=None if made.digits.trivial else made.digits), query, key, value, table)
     query, key, value = (made.moved(attend, x) for x in (query, key, value))
-    return made.back(attend, attend(site, query, key, value, [attend.constant(made.table)]))
+    return made.back(attend, attend(site, query, key, value, table))
 
 
 @dataclass(frozen=True)
@@ -93,29 +97,27 @@ class Arranged:
         each = [[rows[1 + 3 * n + row].clamp(0, last) for n, last in some] for row in range(3)]
         return torch.stack([rows[0], *(fields.packed(numbers, self.widths) for numbers in each)])
 
+    @cached_property
+    def digits(self) -> Order | None:
+        """The order of the layout's own tokens, where it is one of digits: no tile is cut."""
+        boxes, rank = self.boxes, len(self.boxes.axes)
+        if not boxes.even(self.tile):
+            return None
+        return Order(tuple(boxes.sizes(self.tile)), tuple(4 * a + part for part in (3, 0, 1, 2) for a in range(rank)))
+
     def moved(self, attend: Attend, x: Tensor) -> Tensor:
         """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
-        boxes = self.boxes
-        if not boxes.even(self.tile):
+        if self.digits is None:
             return torch.index_select(x, 2, attend.constant(self.order))
-        sizes, rank = boxes.sizes(self.tile), len(boxes.axes)
-        cells, further = _apart(x, boxes, boxes.extra_first)
-        axes = [2 + 4 * a + part for part in (3, 0, 1, 2) for a in range(rank)]
-        cells = torch.permute(torch.unflatten(cells, 2, sizes), [0, 1, *axes, 2 + 4 * rank])
-        return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, False)
+        cells, further = _apart(x, self.boxes, self.boxes.extra_first)
+        return _together(self.digits.moved(cells), further, False)
 
     def back(self, attend: Attend, x: Tensor) -> Tensor:
         """The inverse of :meth:`moved`."""
-        boxes = self.boxes
-        if not boxes.even(self.tile):
+        if self.digits is None:
             return torch.index_select(x, 2, attend.constant(self.order.argsort()))
-        sizes, rank = boxes.sizes(self.tile), len(boxes.axes)
-        cells, further = _apart(x, boxes, False)
-        places = [(a, part) for part in (3, 0, 1, 2) for a in range(rank)]
-        cells = torch.unflatten(cells, 2, [sizes[4 * a + part] for a, part in places])
-        axes = [2 + places.index((a, part)) for a in range(rank) for part in range(4)]
-        cells = torch.permute(cells, [0, 1, *axes, 2 + 4 * rank])
-        return _together(torch.flatten(cells, 2, 1 + 4 * rank), further, boxes.extra_first)
+        cells, further = _apart(x, self.boxes, False)
+        return _together(self.digits.back(cells), further, self.boxes.extra_first)
 
 
 def in_order(boxes: Boxes) -> Arranged:

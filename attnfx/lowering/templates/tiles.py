@@ -44,6 +44,12 @@ def load_tile(pointers, row_ok, dim_ok, MASK_ROWS: tl.constexpr, MASK_DIM: tl.co
 
 
 @triton.jit
+def placed(number, PLACE: tl.constexpr):
+    """Where a token lies. In a tile places are sums of the first token's and those of the numbers from 0 (`ordered.py`)."""
+    return number if PLACE is None else PLACE(number)
+
+
+@triton.jit
 def within(offsets, limit, EVEN: tl.constexpr):
     """Positions of a tile, those beyond the end as the last one; EVEN: there are none, and addresses stay sums of constants."""
     return offsets if EVEN else tl.minimum(offsets, limit - 1)

@@ -25,8 +25,10 @@ def reference(operands: Operands, kernel: str) -> tuple[Tensor, ...] | None:
     if o.q.shape[0] * o.q.shape[1] * o.q.shape[2] * o.k.shape[2] > REFERENCE_SCORES:
         return None
     if o.grad_out is None:
-        found = portable.forward(plan, o.q, o.k, o.v, o.loads, o.sizes, o.seed)
-        return found.out, found.lse
+        order = plan.site.order
+        q, k, v = (t if order is None else order.moved(t) for t in (o.q, o.k, o.v))
+        found = portable.forward(plan, q, k, v, o.loads, o.sizes, o.seed)
+        return found.out if order is None else order.back(found.out), found.lse
     if kernel not in ("query_gradient", "key_gradient"):
         return None  # the sums of a bias gradient come in the kernel's own layout
     saved = [t for t in (o.out, o.lse, o.row_max, o.row_sum, o.degenerate) if t is not None]
