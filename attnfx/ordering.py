@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import sympy
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """An axis of ``length`` places, ``step`` tokens apart, of which a block takes ``box`` neighbouring ones. A token's place along
+    it is the sum of ``number // below % size * weight`` over ``digits`` (below, size, weight)."""
+
+    length: int
+    step: int
+    box: int
+    digits: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,57 @@ class Order:
         inverse = tuple(self.axes.index(a) for a in range(len(self.axes)))
         return x if self.trivial else _turned(x, tuple(self.sizes[a] for a in self.axes), inverse)
 
+    @cached_property
+    def _values(self) -> dict[int, tuple[int, int]]:
+        """Of each digit by its place among ``sizes``: (tokens between its steps as they are counted, its size)."""
+        found, below = {}, 1
+        for a in reversed(self.axes):
+            if self.sizes[a] > 1:
+                found[a] = below, self.sizes[a]
+                below *= self.sizes[a]
+        return found
+
+    def boxes(self, block: int) -> tuple[Side, ...] | None:
+        """The axes, outer ones first, along which every block of so many tokens is a box, whose tokens are counted as they lie;
+        None where blocks are no such boxes."""
+        taken = self._taken(block)
+        if taken is None or list(taken) != sorted(taken, reverse=True):
+            return None
+        found, run = list[Side](), list[int]()
+        digits = sorted(self._values)
+        for n, a in enumerate(digits):
+            run.append(a)
+            following = digits[n + 1] if n + 1 < len(digits) else None
+            whole = following is not None and taken.get(following) == self.sizes[following]
+            if following is None or (a in taken and not whole):
+                found.append(self._side(run, taken))
+                run = []
+        return tuple(found)
+
+    def _taken(self, block: int) -> dict[int, int] | None:
+        """The digits that vary in a block, those that count least first, and how many values each has there."""
+        found = {}
+        for a, (_, size) in self._values.items():
+            if block == 1:
+                break
+            found[a] = min(size, block)
+            if max(size, block) % found[a]:
+                return None
+            block //= found[a]
+        return found if block == 1 else None
+
+    def _side(self, run: list[int], taken: dict[int, int]) -> Side:
+        """The axis that neighbouring digits make."""
+        below, digits = 1, list[tuple[int, int, int]]()
+        for a in reversed(run):
+            digits.append((*self._values[a], below))
+            below *= self.sizes[a]
+        return Side(below, math.prod(self.sizes[run[-1] + 1 :]), math.prod(taken.get(a, 1) for a in run), tuple(digits))
+
     def additive(self, block: int) -> bool:
-        """Whether place(first + n) = place(first) + place(n) in each block of so many tokens, which begins with ``first``."""
-        return _additive(self, block)
+        """Whether place(first + n) = place(first) + place(n) in each block of so many tokens, which begins with ``first``: the
+        block takes whole digits, and of the last one a part of which there are several."""
+        return self._taken(block) is not None
 
 
 def objections(order: Order | None, queries: sympy.Expr, keys: sympy.Expr, alone: bool) -> tuple[str, ...]:
@@ -78,11 +137,3 @@ def _turned(x: Tensor, sizes: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
     """(B, H, N, D) with the digits of its tokens in another order; in functions that a proxy takes, too."""
     turned = torch.permute(torch.unflatten(x, 2, list(sizes)), [0, 1, *(2 + a for a in axes), 2 + len(sizes)])
     return torch.flatten(turned, 2, 1 + len(sizes))
-
-
-@lru_cache(maxsize=256)
-def _additive(order: Order, block: int) -> bool:
-    if order.tokens % block:
-        return False
-    places = order.place(torch.arange(order.tokens)).view(-1, block)
-    return bool((places == places[:, :1] + places[:1]).all())

@@ -17,6 +17,7 @@ from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, nar
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
+from attnfx.ordering import Order
 from attnfx.skipping import Skip
 
 
@@ -43,6 +44,8 @@ class Program:
     narrow      a window keeps few tiles of keys for a query
     skip        which tiles are left out, or None
     place       PLACE(number) -> where that token lies, or None: as it is counted
+    corner      CORNER(b, h, number) -> the corner of the box of the tile that begins with that token, or None: tiles are no boxes
+    order       what both are made of, or None
     key         names the program where tuned configurations are remembered (`tuning/lookup.py`); "": none are
     """
 
@@ -65,6 +68,8 @@ class Program:
     narrow: bool = False
     skip: Skip | None = None
     place: Any | None = None
+    corner: Any | None = None
+    order: Order | None = None
     key: str = ""
 
     @property

@@ -19,12 +19,13 @@ from attnfx import __version__, expr
 from attnfx.expr import Const, Expr, Load
 from attnfx.files import replace_file
 from attnfx.integers import Ranges
+from attnfx.lowering import box_streams
 from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask, proportional
 from attnfx.lowering.handed import handed
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
-from attnfx.ordering import Order
+from attnfx.ordering import Order, Side
 
 if TYPE_CHECKING:
     from attnfx.lowering.call import Program
@@ -39,7 +40,7 @@ NARROW = 2048
 
 
 def source(plan: KernelPlan) -> str:
-    """The module: score, score_grad, keep, kv_range, q_range, weight, coarse, place, where there are such. Raises Unprintable."""
+    """The module: score, score_grad, keep, kv_range, q_range, weight, coarse, place, corner. Raises Unprintable."""
     site, parts = plan.site, []
     parts.append(function("score", f"dot, {ELEMENTWISE}", plan, site.score, base_2=True))
     if plan.score_derivative is not None:
@@ -55,6 +56,8 @@ def source(plan: KernelPlan) -> str:
             parts.append(_range_function(name, letter, plan, bounds))
     if site.order is not None:
         parts.append(definition("place", "number", [f"return {placed(site.order)}"]))
+        if (sides := box_streams.sides(site.order)) is not None:
+            parts.append(definition("corner", "b, h, number", [f"return {corner(sides)}"]))
     return module_text(_header(plan), parts)
 
 
@@ -101,6 +104,7 @@ def program_of(text: str) -> Program:
         weight=getattr(found, "weight", None), coarse=getattr(found, "coarse", None), loaded=_loaded(site.score),
         slope=slope, pure=slope is not None and proportional(site.score), narrow=_narrow(plan),
         key="" if site.skip is not None else key, skip=site.skip, place=getattr(found, "place", None),
+        corner=getattr(found, "corner", None), order=site.order,
     )  # fmt: skip
 
 
@@ -151,13 +155,27 @@ def placed(order: Order) -> str:
     """Where the token ``number`` lies."""
     terms, below = list[str](), 1
     for n, (size, step) in enumerate(reversed(order.digits)):
-        digit = "number" if below == 1 else f"number // {below}"
-        if n < len(order.digits) - 1:  # the first digit has no end
-            digit = f"({digit}) % {size}" if below > 1 else f"{digit} % {size}"
-        digit = f"({digit})" if below > 1 and "%" not in digit else digit
-        terms.append(digit if step == 1 else f"{digit} * {step}")
+        last = n == len(order.digits) - 1
+        terms.append(_digit(below, None if last else size, step))
         below *= size
     return " + ".join(reversed(terms)) or "number"
+
+
+def corner(sides: Sequence[Side]) -> str:
+    """The corner of the box that begins with the token ``number``, in the axes of `box_streams.described`."""
+    along = [" + ".join(_digit(*digit) for digit in side.digits) for side in sides]
+    first = "b" if len(sides) == 2 else f"b * {sides[0].length} + {along.pop(0)}"
+    return f"{first}, h, {', '.join(along)}, 0"
+
+
+def _digit(below: int, size: int | None, weight: int) -> str:
+    """A digit of ``number`` times its weight; the first digit, which has no end, has no ``size``."""
+    digit = "number" if below == 1 else f"number // {below}"
+    if size is not None:
+        digit = f"({digit}) % {size}" if below > 1 else f"{digit} % {size}"
+    if weight == 1:
+        return digit
+    return f"({digit}) * {weight}" if below > 1 and size is None else f"{digit} * {weight}"
 
 
 def _range_function(name: str, letter: str, plan: KernelPlan, bounds: Bounds) -> str:

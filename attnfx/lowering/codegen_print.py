@@ -269,9 +269,12 @@ class Body:
 
 
 def _direct(e: Load, short: bool) -> bool:
-    """Whether a tile of floats is read straight into registers: from places that are not runs of keys, as a table of distances
-    is; one number for each key, of which a wait in the middle of a tile would keep Hopper's matrix products from overlapping; and
-    all of it where all keys are one tile, which many examples may share (such a read leaves their loop)."""
+    """Whether a tile is read straight into registers. Of whole numbers: one for each query. Of floats: from places that are not
+    runs of keys, as a table of distances is; one number for each key, of which a wait in the middle of a tile would keep Hopper's
+    matrix products from overlapping; and all of it where all keys are one tile, which many examples may share. A read that
+    knows no key leaves the loop over keys."""
+    if e.dtype in (torch.int32, torch.int64):
+        return expr.depends_on(e, "i") and not expr.depends_on(e, "j")
     if e.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not expr.depends_on(e, "j"):
         return False
     return short or not expr.depends_on(e, "i") or e.indices[-1] != expr.index("j")

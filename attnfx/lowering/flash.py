@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attnfx.lowering import decode, short, skips
+from attnfx.lowering import box_streams, decode, short, skips
 from attnfx.lowering.band_launch import launched
 from attnfx.lowering.bands import Arguments as Band
 from attnfx.lowering.call import Call, Program, Residuals
@@ -19,6 +19,7 @@ from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.delta import flash_delta
 from attnfx.lowering.templates.flash_backward import flash_key_gradient, flash_query_gradient
 from attnfx.lowering.templates.flash_forward import flash_forward
+from attnfx.ordering import Order
 
 
 def forward(
@@ -64,17 +65,24 @@ def forward(
         decode.launch(launch, program, q, k, v, out, residuals)
         return out, residuals
     r = residuals
-    # a descriptor's tile is of neighbouring rows
-    queries, keys, values, _, tma = launch.streamed(q, k, v) if program.place is None else (q, k, v, None, False)
+    queries, keys, values, *_, tma = launch.streamed(q, k, v) if program.order is None else boxes(program.order, launch, q, k, v)
     with launch.device:
         run(
             flash_forward, launch.row_grid, queries, keys, values, out, r.lse, r.row_max, r.row_sum, r.degenerate, launch.seed,
             q.stride(), k.stride(), v.stride(), out.stride(), *launch.scalars, launch.lists, *launched(band),
             skips.limit(skip, launch.n), KV_RANGE=program.kv_range,
             FLOOR=program.floor, CEILING=program.ceiling, EMPTY_ZERO=program.empty_zero,
-            TMA=tma, LISTS=blocks is not None, SLOPE=program.factor, PLACE=program.place, **launch.even, **launch.switches,
+            TMA=tma, LISTS=blocks is not None, SLOPE=program.factor, PLACE=program.place,
+            CORNER=program.corner if tma else None, **launch.even, **launch.switches,
         )  # fmt: skip
     return out, residuals
+
+
+def boxes(order: Order, launch: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """(q, k, v, whether by descriptors) of tokens in an order: the tensors, or descriptors of their tiles where those are boxes."""
+    target = recorded_target() or target_of(q.device)
+    found = box_streams.described(target, launch.config, order, (q, k, v))
+    return (q, k, v, False) if found is None else (*found, True)
 
 
 def backward(

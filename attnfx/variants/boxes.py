@@ -113,7 +113,8 @@ class Boxes:
             return self._tiles_met(shape, ranges) * (1.0 if self.even(shape) else UNEVEN)
 
         shapes = itertools.product(*([t for t in powers if t <= max(a.runs)] for a in self.axes))
-        promising = sorted((s for s in shapes if math.prod(s) <= KEYS), key=cost)[:COUNTED]
+        # of equal ones those that fill a tile: it is then a box, counted as it lies
+        promising = sorted((s for s in shapes if math.prod(s) <= KEYS), key=lambda s: (cost(s), -math.prod(s)))[:COUNTED]
         return min((*promising, (1,) * len(self.axes)), key=count)
 
     def _tiles_met(self, tile: tuple[int, ...], ranges: bool) -> int:

@@ -34,11 +34,16 @@ def gathered(pointers):
     """What a tile of scattered addresses holds, read straight into registers.
 
     The software pipeline stages a load of a loop in shared memory, element by element where addresses are scattered: that
-    costs more than all of the attention around it. It does not look into assembly.
+    costs more than all of the attention around it. It does not look into assembly, which also leaves a loop that does not
+    change its addresses.
     """
     if on_nvidia():
         if pointers.dtype.element_ty == tl.float32:
             found = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=f,l", [pointers], tl.float32, True, 1)
+        elif pointers.dtype.element_ty == tl.int32:
+            found = tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], tl.int32, True, 1)
+        elif pointers.dtype.element_ty == tl.int64:
+            found = tl.inline_asm_elementwise("ld.global.nc.b64 $0, [$1];", "=l,l", [pointers], tl.int64, True, 1)
         else:
             bits = tl.inline_asm_elementwise("ld.global.nc.b16 $0, [$1];", "=h,l", [pointers], tl.int16, True, 1)
             found = bits.to(pointers.dtype.element_ty, bitcast=True)

@@ -75,10 +75,11 @@ def flash_forward(
     LISTS: tl.constexpr,
     SLOPE: tl.constexpr,
     PLACE: tl.constexpr,
+    CORNER: tl.constexpr,
 ):
     """O (B,H,M,DV) and the natural-log LSE (B,H,M) fp32 of WEIGHT * softmax(SCORE(q k^T)) v; grid (row tiles * B * H,).
     A `band` (templates/band.py) is added to the dots, of square tiles. SLOPE is the positive factor that is all of SCORE, or None.
-    With PLACE the rows of q, k, v and o lie at PLACE(row), those of the statistics as they are counted.
+    With PLACE the rows of q, k, v and o lie at PLACE(row), those of the statistics as they are counted; CORNER: `streams.py`.
     With a `limit` (base 2, negative), tiles whose scores lie that far below what their rows have met are left out: `_visit`.
 
     FLOOR is the base-2 logit at or below which, CEILING the one at or above which, a row's largest kept score makes the
@@ -112,7 +113,7 @@ def flash_forward(
 
     # q_tile [BLOCK_M, BLOCK_D]; tiles of keys [BLOCK_D, BLOCK_N], of values [BLOCK_N, BLOCK_DV]
     queries = row_stream(q, q_strides, b, h, placed(tl.arange(0, BLOCK_M), PLACE), offs_d, TMA)
-    q_tile = row_tile(queries, placed(i_first, PLACE), row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    q_tile = row_tile(queries, begins(i_first, PLACE, CORNER), row_ok, d_ok, True, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA, 0, CORNER)
     keys = column_stream(k, k_strides, b, h // group, placed(offs_n, PLACE), offs_d, TMA)
     values = row_stream(v, v_strides, b, h // group, placed(offs_n, PLACE), offs_dv, TMA)
 
@@ -126,13 +127,13 @@ def flash_forward(
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, full[0], full[1], full[2], full[3], i, 0, N, at, noise, loads, ints, SCORE,
             KEEP, WEIGHT, FILL, ADDITIVE, COARSE, False, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA,
-            LISTS, SLOPE, limit, EVEN_N, True, PLACE,
+            LISTS, SLOPE, limit, EVEN_N, True, PLACE, CORNER,
         )  # fmt: skip
     if KEEP is not None or not EVEN_N:
         acc, l, m = _visit(
             acc, l, m, q_tile, second, keys, values, masked[0], masked[1], masked[2], masked[3], i, 0, N, at, noise, loads, ints,
             SCORE, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, False, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES, PRECISION,
-            TMA, LISTS, SLOPE, limit, EVEN_N, True, PLACE,
+            TMA, LISTS, SLOPE, limit, EVEN_N, True, PLACE, CORNER,
         )  # fmt: skip
 
     stat = bh.to(tl.int64) * M + offs_m
@@ -150,7 +151,7 @@ def flash_forward(
                 all_acc, all_l, all_max = _visit(
                     all_acc, all_l, all_max, q_tile, second, keys, values, 0, N, 0, 0, i, low, N, at, noise, loads, ints, SCORE,
                     KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True, True, DROPOUT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, STAGES,
-                    PRECISION, TMA, PLACE=PLACE,
+                    PRECISION, TMA, PLACE=PLACE, CORNER=CORNER,
                 )  # fmt: skip
                 if limit is None:
                     acc, l, natural_max = all_acc, all_l, all_max
@@ -171,6 +172,12 @@ def flash_forward(
     tl.store(lse + stat, natural_max + tl.log2(l) * LN2, mask=stat_ok)
     o_pointers = row_pointers(head_base(o, o_strides, b, h), o_strides, placed(offs_m, PLACE), offs_dv)
     tl.store(o_pointers, acc.to(o.dtype.element_ty), mask=row_ok & dv_ok)
+
+
+@triton.jit
+def begins(start, PLACE: tl.constexpr, CORNER: tl.constexpr):
+    """Where a stream is asked for the tile that begins with row `start`: by that row itself where CORNER finds it."""
+    return start if CORNER is not None else placed(start, PLACE)
 
 
 @triton.jit
@@ -223,6 +230,7 @@ def _visit(
     EVEN: tl.constexpr = False,
     AHEAD: tl.constexpr = False,
     PLACE: tl.constexpr = None,
+    CORNER: tl.constexpr = None,
 ):
     """Online softmax over key tiles: acc [BLOCK_M, BLOCK_DV], l [BLOCK_M], m [BLOCK_M] (base 2; natural where LITERAL).
 
@@ -248,8 +256,8 @@ def _visit(
         offs_j = start + offs_n
         inside = offs_j < N
         # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
-        lies = placed(start, PLACE)
-        k_tile = column_tile(keys, lies, inside[None, :], d_ok, OVER, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+        lies = begins(start, PLACE, CORNER)
+        k_tile = column_tile(keys, lies, inside[None, :], d_ok, OVER, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA, CORNER)
         dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
         if second is not None:
             if CARRIED:
@@ -281,13 +289,13 @@ def _visit(
         if limit is None:
             acc, l, m = _taken(
                 acc, l, m, z, values, lies, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, OVER, LITERAL, DROPOUT,
-                DV, BLOCK_N, BLOCK_DV, PRECISION, TMA,
+                DV, BLOCK_N, BLOCK_DV, PRECISION, TMA, CORNER,
             )  # fmt: skip
         else:
             BLOCK_M: tl.constexpr = z.shape[0]
             ahead = None
             if AHEAD:
-                ahead = row_tile(values, lies, inside[:, None], dv_ok, OVER, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
+                ahead = row_tile(values, lies, inside[:, None], dv_ok, OVER, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA, 0, CORNER)
             top = tl.max(z, 1) * UNIT
             # as a NaN compares, a tile that holds one is wanted
             wanted = (top != float("-inf")) & ((top < m + limit) == 0)
@@ -295,7 +303,7 @@ def _visit(
             if tl.max(tl.reshape(wanted.to(tl.int32), [BLOCK_M], can_reorder=True), 0) > 0:
                 acc, l, m = _taken(
                     acc, l, m, z, values, lies, inside, dv_ok, i, j, at, noise, loads, ints, UNIT, WEIGHT, OVER, LITERAL,
-                    DROPOUT, DV, BLOCK_N, BLOCK_DV, PRECISION, TMA, ahead,
+                    DROPOUT, DV, BLOCK_N, BLOCK_DV, PRECISION, TMA, CORNER, ahead,
                 )  # fmt: skip
     return acc, l, m
 
@@ -326,6 +334,7 @@ def _taken(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    CORNER: tl.constexpr,
     ahead=None,
 ):
     """One tile of scores z [BLOCK_M, BLOCK_N] and its values (or those read `ahead`), added to acc, l, m; UNIT z are the logits."""
@@ -346,6 +355,6 @@ def _taken(
     # v_tile [BLOCK_N, BLOCK_DV]
     v_tile = ahead
     if ahead is None:
-        v_tile = row_tile(values, lies, inside[:, None], dv_ok, OVER, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
+        v_tile = row_tile(values, lies, inside[:, None], dv_ok, OVER, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA, 0, CORNER)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, l, m
