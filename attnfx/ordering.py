@@ -7,12 +7,15 @@ attention counts ``Y X y x``. So no table is needed: a place is a few divisions 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import sympy
 import torch
 from torch import Tensor
+
+from attnfx.integers import FloorDiv, Mod
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class Order:
         for size, step in reversed(self.digits):
             found, below = found + number // below % size * step, below * size
         return found
+
+    def number(self, axes: Sequence[int], token: sympy.Expr) -> sympy.Expr:
+        """What some digits of a token's place are together, the first of which counts most."""
+        found = sympy.Integer(0)
+        for a in axes:
+            if a in self._values:
+                below, size = self._values[a]
+                digit = FloorDiv(token, sympy.Integer(below)) if below > 1 else token
+                last = below * size == self.tokens  # has no digit above it
+                found = found * size + (digit if last else Mod(digit, sympy.Integer(size)))
+        return sympy.expand(found)
 
     def moved(self, x: Tensor) -> Tensor:
         """(B, H, N, D), its tokens put as the attention counts them."""

@@ -13,7 +13,20 @@ from torch import Tensor
 
 from attnfx.lowering.band_launch import suited
 from attnfx.lowering.checks import check
-from attnfx.lowering.configs import Config, Kernel, default, fitted, listed, narrowed, opened, padded, relieved, target_of, walked
+from attnfx.lowering.configs import (
+    Config,
+    Kernel,
+    bounded,
+    default,
+    fitted,
+    listed,
+    narrowed,
+    opened,
+    padded,
+    relieved,
+    target_of,
+    walked,
+)
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
@@ -76,6 +89,12 @@ class Program:
     def open(self) -> bool:
         """Whether nothing is masked or weighted."""
         return self.keep is None and self.weight is None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the mask is one of formulas that cuts few of the tiles that it keeps, and nothing else is in the way."""
+        alone = self.weight is None and self.pure and not self.exact_rows and self.skip is None
+        return self.kv_range is not None and not self.narrow and alone
 
     @property
     def factor(self) -> float | None:
@@ -148,6 +167,8 @@ class Call:
         usual = default(kernel, q.dtype, d, dv, target)
         if kernel == "forward" and program.open and dropout_p == 0.0 and q.dtype != torch.float32:
             usual = opened(usual, d, dv, target, program.loaded)
+        if kernel == "forward" and program.bounded and dropout_p == 0.0 and blocks is None and q.dtype != torch.float32:
+            usual = bounded(usual, d, dv, target)
         if program.narrow and q.dtype != torch.float32:
             usual = narrowed(kernel, usual, d, dv, target)
         if blocks is not None and kernel == "forward" and q.dtype != torch.float32:

@@ -109,6 +109,8 @@ HALF: dict[str, Table] = {
 OPEN: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 64, 4, 2, spills=256)}}
 #: The same where the scores read numbers of their keys: those want registers, too.
 LOADED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 128, 8, 3)}}
+#: Forward in half precision where the scores are a factor and a mask that is no narrow window has formulas for its ends.
+BOUNDED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2)}}
 #: Backward in half precision where a query reads few tiles of keys, by padded head dimension.
 NARROW: dict[str, dict[Kernel, dict[int, Config]]] = {
     "sm90": {"query_gradient": {128: Config(64, 64, 4, 2)}, "key_gradient": {128: Config(32, 64, 4, 3, spills=320)}}
@@ -177,6 +179,11 @@ def default(kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int, t
 def opened(config: Config, head_dim: int, value_dim: int, target: str, loaded: bool) -> Config:
     """What runs forward in place of `config`, a default in half precision, where nothing is masked; `loaded`: as in `LOADED`."""
     return (LOADED if loaded else OPEN).get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
+
+
+def bounded(config: Config, head_dim: int, value_dim: int, target: str) -> Config:
+    """What runs forward in place of `config`, a default in half precision, under a mask as `BOUNDED` says."""
+    return BOUNDED.get(target, {}).get(max(padded(head_dim), padded(value_dim)), config)
 
 
 def narrowed(kernel: Kernel, config: Config, head_dim: int, value_dim: int, target: str) -> Config:

@@ -32,7 +32,7 @@ from attnfx.lowering import blocks, codegen, handed, launch
 from attnfx.lowering.band_launch import suited
 from attnfx.lowering.bands import Arguments
 from attnfx.lowering.call import Program, Residuals
-from attnfx.lowering.configs import SHARED_LIMIT, Kernel, default, opened, relieved, walked
+from attnfx.lowering.configs import SHARED_LIMIT, Kernel, bounded, default, opened, relieved, walked
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, backward, backward_short, bias_gradient, forward
 from attnfx.lowering.linear import samples as linear
@@ -208,6 +208,8 @@ def _allowed(kernel: str, job: Job) -> int:
     program = PROGRAMS.get(job.program)  # lists of tiles have programs of their own, masked ones
     if kernel == "forward" and program is not None and program.open and job.dtype != torch.float32:
         usual = opened(usual, width, width, job.target, program.loaded)
+    if kernel == "forward" and program is not None and program.bounded and job.dtype != torch.float32:
+        usual = bounded(usual, width, width, job.target)
     if kernel == "forward" and job.program == LISTED:
         usual = walked(usual, width, width, job.target)
     return usual.spills if program is None or program.weight is None else relieved(usual).spills

@@ -82,7 +82,10 @@ class Arranged:
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
-        """Bits of the places of each axis that somebody does not see whole, where several fit into one number; else ()."""
+        """Bits of the places of each axis that somebody does not see whole, where several fit into one number; else (). A kernel
+        computes places of which there is a formula faster than it compares packed ones."""
+        if self.computed:
+            return ()
         widths = tuple((a.length - 1).bit_length() for a in self.boxes.axes if not a.whole)
         return widths if len(widths) > 1 and fields.starts(widths)[-1] <= fields.BITS else ()
 
@@ -101,9 +104,22 @@ class Arranged:
     def digits(self) -> Order | None:
         """The order of the layout's own tokens, where it is one of digits: no tile is cut."""
         boxes, rank = self.boxes, len(self.boxes.axes)
-        if not boxes.even(self.tile):
+        if not self.tile or not boxes.even(self.tile):
             return None
         return Order(tuple(boxes.sizes(self.tile)), tuple(4 * a + part for part in (3, 0, 1, 2) for a in range(rank)))
+
+    @property
+    def computed(self) -> bool:
+        """Whether the places of a token are a formula of its number."""
+        return self.digits is not None and not self.boxes.extra
+
+    def place(self, axis: int, slot: int, number: Expr) -> Expr:
+        """Where along an axis the token of a number stands: by a formula, or by the table in ``slot``."""
+        if self.digits is None or not self.computed:
+            return _number(slot, 1 + 3 * axis, number)
+        assert isinstance(number, Int)
+        run, tile, place, dilation = (4 * axis + part for part in range(4))
+        return Int(self.digits.number((dilation, run, tile, place), number.value))
 
     def moved(self, attend: Attend, x: Tensor) -> Tensor:
         """The rows of ``x`` (B, H, N, D) in the order in which they are attended."""
@@ -132,7 +148,7 @@ def _arranged(boxes: Boxes, free: bool, ranges: bool) -> Arranged:
 
 def visible(made: Arranged, slot: int, free: bool) -> Expr:
     """Whether the token at place i sees the one at place j, by the table in ``slot``."""
-    near = _packed(slot, made.widths) if made.widths else _compared(made.boxes, slot)
+    near = _packed(slot, made.widths) if made.widths else _compared(made, slot)
     return expr.logical_or(near, _further(made.boxes, free)) if made.boxes.extra else near
 
 
@@ -142,12 +158,13 @@ def _packed(slot: int, widths: tuple[int, ...]) -> Expr:
     return fields.inside(place, low, high, widths)
 
 
-def _compared(boxes: Boxes, slot: int) -> Expr:
+def _compared(made: Arranged, slot: int) -> Expr:
     """Of a table with three rows for each axis."""
     terms: list[Expr] = []
-    for n, axis in enumerate(boxes.axes):
+    for n, axis in enumerate(made.boxes.axes):
         if not axis.whole:
-            place, low, high = (_number(slot, 1 + 3 * n + row, index) for row, index in enumerate((J, I, I)))
+            low, high = (_number(slot, 1 + 3 * n + row, I) for row in (1, 2))
+            place = made.place(n, slot, J)
             terms += [expr.le(low, place), expr.le(place, high)]
     return expr.logical_and(*terms)
 

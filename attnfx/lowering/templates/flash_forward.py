@@ -253,6 +253,8 @@ def _visit(
         lower = band_products(second, lo - BLOCK_N, D, BLOCK_N, BLOCK_D, PRECISION)
     for position in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         start = tile_start(position, split, gap, MASKED, LISTS)
+        if LISTS:  # what a mask computes of keys is the same in all tiles but for the start
+            tl.assume(start % BLOCK_N == 0)
         offs_j = start + offs_n
         inside = offs_j < N
         # k_tile [BLOCK_D, BLOCK_N], dot and z [BLOCK_M, BLOCK_N]
