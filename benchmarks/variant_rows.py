@@ -103,6 +103,34 @@ def blocked(table: tuple[tuple[int, ...], ...], block: int) -> Keep:
     return keep
 
 
+def radial(frames: int, tokens: int, factor: float, block: int = 128) -> Keep:
+    """Radial attention's blocks, from the pairs of each pair of frames; ``tokens`` are whole blocks."""
+    made: dict[torch.device, Tensor] = {}
+
+    def table() -> Tensor:
+        place = torch.arange(tokens)
+        away = (place[:, None] - place).abs()
+        seen = torch.eye(frames * tokens // block, dtype=torch.bool).unflatten(0, (frames, -1)).unflatten(2, (frames, -1))
+        for a in range(frames):
+            for b in range(frames):
+                apart = abs(a - b)
+                reach = 2.0 ** (tokens.bit_length() - apart.bit_length())
+                pairs = torch.ones_like(away, dtype=torch.bool) if apart <= 1 else away <= max(factor * reach, block)
+                if reach < block and apart % int(block / reach):
+                    pairs = torch.zeros_like(pairs)
+                pairs = torch.ones_like(pairs) if b == 0 else pairs  # all see the first frame
+                columns = pairs.view(-1, block, tokens).sum(1).unflatten(1, (-1, block))  # pairs of each column of a block
+                seen[a, :, b] |= 5 * (3 * columns > block).sum(-1) > 3 * (columns > 0).sum(-1)
+        return seen.flatten(2).flatten(0, 1)
+
+    def keep(i: Tensor, j: Tensor) -> Tensor:
+        if i.device not in made:
+            made[i.device] = table().to(i.device)
+        return made[i.device][i // block, j // block]
+
+    return keep
+
+
 def rows(quick: bool) -> list[Row]:
     """All rows; tiny ones of the same forms if ``quick``."""
     cut = 16 if quick else 1
@@ -112,7 +140,7 @@ def rows(quick: bool) -> list[Row]:
     video, cube = ((6, 8, 8), (4, 4, 4)) if quick else ((32, 48, 48), (16, 16, 16))
     cells = video[0] * video[1] * video[2]
     table = checkers(s // 128)
-    frames, tokens = (8, 64) if quick else (16, 1024)
+    frames, tokens, wide = (8, 64, 16) if quick else (16, 1024, 128)
     square = Row(
         "neighbours-2d", variants.NeighborhoodAttention((side, side), near), 1 if quick else 8, 2 if quick else 12, side**2,
         side**2, 64, keep=neighbours((side, side), (near, near)), flex=True, density=True, targets={"flex": 2.5},
@@ -126,8 +154,8 @@ def rows(quick: bool) -> list[Row]:
         ),
         Row("blocks", variants.BlockSparse(table), 1, heads, s, s, 128, keep=blocked(table, 128), flex=True, density=True),
         Row(
-            "radial", variants.Radial(frames, tokens, decay_factor=0.5), 1, heads, frames * tokens, frames * tokens, 128,
-            density=True,
+            "radial", variants.Radial(frames, tokens, decay_factor=0.5, block_size=wide), 1, heads, frames * tokens,
+            frames * tokens, 128, keep=radial(frames, tokens, 0.5, wide), density=True,
         ),
         Row(
             "top-k-decode", variants.BlockTopK(top=256 // cut, page=16), 1, heads, 1, 65_536 // cut, 128, True,
