@@ -19,16 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import sympy
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnfx import expr
-from attnfx.expr import Load
-from attnfx.lowering import blocks, codegen, handed, launch
+from attnfx.lowering import launch, listed_samples
 from attnfx.lowering.band_launch import suited
 from attnfx.lowering.bands import Arguments
 from attnfx.lowering.call import Program, Residuals
@@ -36,10 +33,8 @@ from attnfx.lowering.configs import SHARED_LIMIT, Kernel, bounded, default, open
 from attnfx.lowering.descriptors import type_of
 from attnfx.lowering.flash import BIAS_KINDS, backward, backward_short, bias_gradient, forward
 from attnfx.lowering.linear import samples as linear
-from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.templates import samples
 from attnfx.lowering.window_gradient import window_gradient
-from attnfx.site import AttentionSite, SideTensor
 from attnfx.skipping import Skip
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
@@ -110,6 +105,9 @@ SKIPPING = {
 BANDED = "causal, second product"
 #: The program of causal attention inside of documents, whose kernels walk lists of tiles, and the kernels that make the lists.
 LISTED = "causal, documents, by lists"
+#: A neighbourhood in an image, whose tiles are boxes of it.
+BOXES = "boxes of an image, by lists"
+BY_LISTS = {LISTED: listed_samples.documents, BOXES: listed_samples.image}
 LISTS = ("profile_ends", "tile_lists")
 #: The kernels for few queries and keys; the literal ones are for rows that keep nothing, and may spill.
 SHORT = ("short_forward", "short_forward, literal", "short_backward", "short_backward, literal")
@@ -165,6 +163,7 @@ def representative(target: str) -> Iterator[Job]:
     yield Job(BANDED, torch.float32, 64, target, ("forward", "query_gradient", "key_gradient", "window_gradient"))
     for head_dim in (64, 128):
         yield Job(LISTED, bf16, head_dim, target, (*LISTS, "forward", "query_gradient", "key_gradient", *BIAS_KINDS))
+        yield Job(BOXES, bf16, head_dim, target, ("forward",))
     for head_dim in (64, 128, 256):
         for program, kernel in zip(SKIPPING, ("forward", "decode_partial"), strict=True):
             yield Job(program, bf16, head_dim, target, (kernel,))
@@ -210,7 +209,7 @@ def _allowed(kernel: str, job: Job) -> int:
         usual = opened(usual, width, width, job.target, program.loaded)
     if kernel == "forward" and program is not None and program.bounded and job.dtype != torch.float32:
         usual = bounded(usual, width, width, job.target)
-    if kernel == "forward" and job.program == LISTED:
+    if kernel == "forward" and job.program in BY_LISTS:
         usual = walked(usual, width, width, job.target)
     return usual.spills if program is None or program.weight is None else relieved(usual).spills
 
@@ -227,7 +226,7 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     if job.program in linear.PROGRAMS:
         yield from ((n, call) for n, call in linear.calls(job.program, job.dtype, job.head_dim, job.target) if n in job.kernels)
         return
-    batch, heads, key_heads, length = 2, 8, 4, 4096
+    batch, heads, key_heads, length = 2, 8, 4, listed_samples.LENGTH
     q = torch.empty(batch, heads, length, job.head_dim, dtype=job.dtype, device="meta")
     k = torch.empty(batch, key_heads, length, job.head_dim, dtype=job.dtype, device="meta")
     loads = [torch.empty(heads, 2 * length - 1, device="meta")]
@@ -236,9 +235,10 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
     residuals = Residuals(stats, stats, stats, stats[..., 0].int())
     with launch.recording(job.target) as recording:
         rows, keys = None, None
-        if job.program == LISTED:
-            loads = [torch.empty(batch, length, dtype=torch.int64, device="meta")]
-            program, ints, rows, keys = _documents(loads, heads, length)
+        if job.program in BY_LISTS:
+            site = BY_LISTS[job.program](batch, heads)
+            loads = [torch.empty([int(n) for n in t.shape], dtype=t.dtype, device="meta") for t in site.side]
+            program, ints, rows, keys = listed_samples.lowered(site, loads)
         else:
             program = CAUSAL if job.program == BANDED else (PROGRAMS | SKIPPING)[job.program]
         band = _band(q) if job.program == BANDED else None
@@ -269,26 +269,6 @@ def _band(q: torch.Tensor) -> Arguments:
     """The arguments of a band of rows like ``q`` (B,H,S,D), whose window all batches and heads share."""
     window = q.new_empty(1, 1, 2 * q.shape[2] - 1, q.shape[3])
     return q, window, (0, 0, *window.stride()[2:]), 1.0
-
-
-def _documents(loads: list[torch.Tensor], heads: int, length: int) -> tuple[Program, list[int], torch.Tensor, torch.Tensor]:
-    """The program, the numbers and the lists, by rows and by keys, of causal attention inside of documents: ids (B, S)."""
-    b, i, j = (expr.index(name) for name in "bij")
-    ids = (Load(0, (b, x), torch.int64) for x in (i, j))
-    batch, rows, size = loads[0].shape[0], sympy.Integer(heads), sympy.Integer(length)
-    made = make_plan(
-        AttentionSite(
-            sympy.Integer(batch), rows, rows, size, size, 64, 64, torch.bfloat16, "cuda", 0.125 * expr.Score(),
-            expr.logical_and(expr.le(j, i), expr.eq(*ids)), empty_rows="zero",
-            side=(SideTensor((sympy.Integer(batch), size), torch.int64),), requires_grad=True,
-        ),
-        "flash",
-    )  # fmt: skip
-    assert isinstance(made, KernelPlan), made
-    mask = blocks.mask_of(made.to_json())
-    assert mask is not None
-    lists = [blocks.build(loads, (), batch, 1, length, length, by_keys, loads[0].device, mask.text) for by_keys in (False, True)]
-    return codegen.program(made), list(handed.ints(made, made.values((), length, loads), loads)), lists[0], lists[1]
 
 
 def _measure(call: launch.Call, target: str) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from attnfx.lowering.configs import KERNELS, SHARED_LIMIT, default
-from attnfx.lowering.crosscompile import BANDED, LISTED, LISTS, SHORT, TARGETS, Job, check
+from attnfx.lowering.crosscompile import BANDED, BOXES, LISTED, LISTS, SHORT, TARGETS, Job, check
 from attnfx.lowering.linear import samples as linear
 
 
@@ -46,6 +46,12 @@ def test_lists_compile_without_spills(target: str) -> None:
     rows = check([target], [Job(LISTED, torch.bfloat16, 64, target, (*LISTS, "forward"))], processes=1)
     assert {row.template for row in rows} == {*LISTS, "forward"}
     assert [row for row in rows if not row.ok or (row.spills and row.template in LISTS)] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_that_are_boxes_compile(target: str) -> None:
+    (row,) = check([target], [Job(BOXES, torch.bfloat16, 64, target, ("forward",))], processes=1)
+    assert row.ok, row
 
 
 @pytest.mark.parametrize("target", TARGETS)
