@@ -40,12 +40,15 @@ def test_a_peer_that_is_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_peers_take_turns_and_slow_ones_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(timing, "seconds", lambda call, device: call())
+    timed: list[str] = []
+    monkeypatch.setattr(timing, "seconds", lambda call, device: (s := call(), timed.append(order[-1]))[0])
     monkeypatch.setattr(cpu, "SECONDS", 0.0)
-    steps = {name: lambda name=name, s=s: (order.append(name), s)[1] for name, s in (("a", 0.1), ("b", 0.2), ("c", 9.0))}
+    steps = {name: lambda name=name, s=s: (order.append(name), s)[1] for name, s in (("a", 0.1), ("b", 0.15), ("c", 9.0))}
     taken = turns(steps, 4)
     assert {name: len(times) for name, times in taken.items()} == {"a": 4, "b": 4, "c": 1}
-    assert [name for name in order if name != "c"] == list("ab" + "ba" + "ab" + "ab")
+    assert [name for name in timed if name != "c"] == list("ab" + "ba" + "ab" + "ab")
+    # each but the first follows one of its own, where that is short
+    assert [name for name in order if name != "c"] == list("ab" + "bbaa" + "aabb" + "aabb")
 
 
 @pytest.mark.parametrize(("paired", "least", "named"), [(0.9, 0.9, ["r"]), (0.9, 1.0, ["r"]), (1.1, 0.9, ["r"]), (0.96, 0.97, [])])
