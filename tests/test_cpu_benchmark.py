@@ -41,7 +41,7 @@ def test_a_peer_that_is_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_peers_take_turns_and_slow_ones_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     timed: list[str] = []
-    monkeypatch.setattr(timing, "seconds", lambda call, device: (s := call(), timed.append(order[-1]))[0])
+    monkeypatch.setattr(timing, "seconds", lambda call, device: (call(), timed.append(order[-1]))[0])
     monkeypatch.setattr(cpu, "SECONDS", 0.0)
     steps = {name: lambda name=name, s=s: (order.append(name), s)[1] for name, s in (("a", 0.1), ("b", 0.15), ("c", 9.0))}
     taken = turns(steps, 4)
