@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from attnfx.api import compile as compile
     from attnfx.api import explain as explain
     from attnfx.api import verify as verify
+    from attnfx.biases.fitting import fit_neural_bias as fit_neural_bias
     from attnfx.exporting import export as export
     from attnfx.exporting import rewritten as rewritten
-    from attnfx.fitting import fit_neural_bias as fit_neural_bias
     from attnfx.policy import Policy as Policy
     from attnfx.policy import Rule as Rule
     from attnfx.report import Report as Report
@@ -24,7 +24,7 @@ _HOME = {
     "verify": "attnfx.api",
     "export": "attnfx.exporting",
     "rewritten": "attnfx.exporting",
-    "fit_neural_bias": "attnfx.fitting",
+    "fit_neural_bias": "attnfx.biases.fitting",
     "Policy": "attnfx.policy",
     "Rule": "attnfx.policy",
     "Report": "attnfx.report",

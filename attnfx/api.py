@@ -12,8 +12,9 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from attnfx import backend, counting, live, measure
-from attnfx.breaks import with_hidden
+from attnfx import backend, counting, measure
+from attnfx.graphs import live
+from attnfx.graphs.breaks import with_hidden
 from attnfx.options import Options
 from attnfx.report import Report
 

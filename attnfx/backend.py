@@ -13,40 +13,41 @@ import torch
 from torch import fx
 from torch._dynamo.utils import dynamo_timed
 
-from attnfx import buffers, counting, live, logs, patterns
+from attnfx import counting, logs, patterns
 from attnfx import measure as measuring
-from attnfx.beside import Known
-from attnfx.breaks import break_of
-from attnfx.calling import bias_forms, caller, kernel_source, linear_caller
-from attnfx.capture import capture
-from attnfx.composites import expand_composites
-from attnfx.constants import Constants
+from attnfx.algebra.nodes import Load
+from attnfx.biases.beside import Known
+from attnfx.biases.pair_bias import PairNodes, pair_behind
 from attnfx.decide import Decision, decide
 from attnfx.errors import AttnfxError, Objection, UnknownOption, VerificationError
-from attnfx.graph_view import view
-from attnfx.guarded import guarded
-from attnfx.inner import compile_inner
-from attnfx.levels import closed, forward_mode, mapped
+from attnfx.graphs import buffers, live
+from attnfx.graphs.breaks import break_of
+from attnfx.graphs.calling import bias_forms, caller, kernel_source, linear_caller
+from attnfx.graphs.capture import capture
+from attnfx.graphs.composites import expand_composites
+from attnfx.graphs.constants import Constants
+from attnfx.graphs.guarded import guarded
+from attnfx.graphs.inner import compile_inner
+from attnfx.graphs.levels import closed, forward_mode, mapped
+from attnfx.graphs.mirror import Mirror
+from attnfx.graphs.model_inputs import described
+from attnfx.graphs.origin import module_path, origin_of, source_line
+from attnfx.graphs.readable import readable
+from attnfx.graphs.rewrite import Splicer
+from attnfx.graphs.searching import request_searches
+from attnfx.graphs.subgraphs import autocast_at, drop_unread, regions, sink_masks, unnamed
 from attnfx.lowering.linear.plan import LinearPlan
-from attnfx.mirror import Mirror
-from attnfx.model_inputs import described
-from attnfx.nodes import Load
 from attnfx.options import Options
-from attnfx.origin import module_path, origin_of, source_line
-from attnfx.pair_bias import PairNodes, pair_behind
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.patterns.linear_splice import as_match
 from attnfx.patterns.matcher import Match
 from attnfx.patterns.near import NearMiss
 from attnfx.patterns.relation import relation
+from attnfx.policies.policy_warnings import policy_warnings
 from attnfx.policy import Policy
-from attnfx.policy_warnings import policy_warnings
-from attnfx.readable import readable
 from attnfx.report import Missed, Report, SiteReport
-from attnfx.rewrite import Splicer
-from attnfx.searching import request_searches
+from attnfx.reports.graph_view import view
 from attnfx.site import Origin, SideTensor
-from attnfx.subgraphs import autocast_at, drop_unread, regions, sink_masks, unnamed
 
 #: Where reports of compiles go while somebody is listening.
 listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfx_listeners", default=())

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from attnfx.cli_policy import app as policy_app
-from attnfx.completion import policies, target_names, variant_names
+from attnfx.commands.cli_policy import app as policy_app
+from attnfx.commands.completion import policies, target_names, variant_names
 from attnfx.errors import AttnfxError
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ def demo(
 
     Example: [bold]attnfx demo --length 8192 --layers 4[/bold]
     """
-    from attnfx.demo import Settings, run
+    from attnfx.commands.demo import Settings, run
 
     results = run(Settings(length, layers, repeats), problems if as_json else console)
     if as_json:
@@ -127,7 +127,7 @@ def explain(
     import torch
 
     import attnfx
-    from attnfx.factories import model_and_inputs, own_traceback
+    from attnfx.commands.factories import model_and_inputs, own_traceback
     from attnfx.policy import Policy
 
     rules = Policy.coerce(policy) if policy is not None else None
@@ -158,8 +158,8 @@ def variants(
     Example: [bold]attnfx variants SlidingWindow[/bold]
     """
     from attnfx import variants as registry
-    from attnfx.variant_picture import picture
-    from attnfx.variant_table import described, markdown
+    from attnfx.reports.variant_picture import picture
+    from attnfx.reports.variant_table import described, markdown
 
     chosen = registry.all() if name is None else {name: registry.named(name)}
     if as_markdown:
@@ -234,8 +234,8 @@ def tune(
     if factory is None and export is None and taken is None:
         problems.print("Name a model to tune (package.module:function), or a file to --import or --export.")
         raise typer.Exit(2)
-    from attnfx import tune as tuning
-    from attnfx.factories import model_and_inputs
+    from attnfx.commands import tune as tuning
+    from attnfx.commands.factories import model_and_inputs
     from attnfx.lowering.tuning.progress import bar
     from attnfx.policy import Policy
 
@@ -276,7 +276,7 @@ def doctor(
 
     Example: [bold]attnfx doctor --targets sm90[/bold]
     """
-    from attnfx.doctor import checked, installed, kernels_table
+    from attnfx.commands.doctor import checked, installed, kernels_table
 
     facts = installed()
     rows: list[dict[str, Any]] = []

@@ -11,14 +11,14 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from attnfx.beside import Known
-from attnfx.evaluate import integer
-from attnfx.laid_beside import CONSTANT, held
+from attnfx.algebra.evaluate import integer
+from attnfx.algebra.nodes import Load, walk
+from attnfx.biases.beside import Known
+from attnfx.biases.laid_beside import CONSTANT, held
+from attnfx.graphs.model_inputs import placeholder
+from attnfx.graphs.rewrite import Splicer
 from attnfx.lowering.fixed_lists import fixed
 from attnfx.lowering.plan import KernelPlan, make_plan
-from attnfx.model_inputs import placeholder
-from attnfx.nodes import Load, walk
-from attnfx.rewrite import Splicer
 from attnfx.site import AttentionSite, SideTensor
 from attnfx.variants.attend import Attend
 from attnfx.variants.base import Variant

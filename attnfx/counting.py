@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from attnfx.errors import AttnfxWarning, SiteCountError
 from attnfx.report import Report
-from attnfx.report_text import TOP
+from attnfx.reports.report_text import TOP
 
 _BROKEN = " The model has graph breaks; these are the attentions of all its graphs."
 _BETWEEN = ("/torch/nn/modules/module.py", "/torch/_utils_internal.py", "/contextlib.py")

@@ -11,23 +11,23 @@ from typing import Any, Literal
 import sympy
 import torch
 
-from attnfx.beside import Beside, Exact, Known
+from attnfx.biases.beside import Beside, Exact, Known
+from attnfx.biases.low_rank import low_rank
+from attnfx.biases.neural import neural
 from attnfx.composing import Composition, composed
-from attnfx.conditions import NAMES
-from attnfx.considered import Considered, not_chosen
-from attnfx.density import work
 from attnfx.errors import Objection, PolicyError
 from attnfx.linear_sites import name as linear_name
 from attnfx.linear_sites import served
-from attnfx.low_rank import low_rank
 from attnfx.lowering import vendor
 from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.plan import KernelPlan, make_plan
-from attnfx.neural import neural
+from attnfx.policies.conditions import NAMES
+from attnfx.policies.rule import Subject
+from attnfx.policies.site_kind import kinds
 from attnfx.policy import Policy, Rule
-from attnfx.rule import Subject
+from attnfx.reports.considered import Considered, not_chosen
+from attnfx.reports.density import work
 from attnfx.site import AttentionSite
-from attnfx.site_kind import kinds
 from attnfx.variants import standing
 from attnfx.variants.base import Variant
 from attnfx.variants.low_rank_bias import LowRankBias

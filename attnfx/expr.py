@@ -10,7 +10,7 @@ the key ``j``:
 * :class:`Call` is everything else, an operation of :data:`OPERATIONS` in the dtype that the model computed it in.
 
 Floating point is never re-associated: only rewrites that keep every bit (or that act on integers and booleans) happen in the
-constructors below. Proofs about expressions live in :mod:`attnfx.facts`, evaluation in :mod:`attnfx.evaluate`.
+constructors below. Proofs about expressions live in :mod:`attnfx.sites.facts`, evaluation in :mod:`attnfx.algebra.evaluate`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from functools import lru_cache
 import sympy
 import torch
 
-from attnfx.integers import floordiv as _int_floordiv
-from attnfx.integers import modulo as _int_modulo
-from attnfx.nodes import (
+from attnfx.algebra.integers import floordiv as _int_floordiv
+from attnfx.algebra.integers import modulo as _int_modulo
+from attnfx.algebra.nodes import (
     BINARY,
     COMPARE,
     INDEX,
@@ -358,7 +358,7 @@ def rebuild(e: Expr, leaf: Callable[[Expr], Expr | None]) -> Expr:
 
 def substitute(e: Expr, mapping: dict[sympy.Symbol, sympy.Expr]) -> Expr:
     """``e`` with integer symbols replaced (floor-division and modulo are simplified again)."""
-    from attnfx.integers import replace
+    from attnfx.algebra.integers import replace
 
     return rebuild(e, lambda n: Int(replace(n.value, mapping)) if isinstance(n, Int) else None)
 

@@ -15,8 +15,8 @@ import torch
 from torch._dynamo.utils import warn_once_cache
 from torch._logging._internal import trace_structured
 
-from attnfx import report_text
 from attnfx.errors import AttnfxWarning
+from attnfx.reports import report_text
 
 if TYPE_CHECKING:
     from attnfx.report import Report

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attnfx.subgraphs import is_call
-from attnfx.surroundings import undisturbed
+from attnfx.graphs.subgraphs import is_call
+from attnfx.graphs.surroundings import undisturbed
 
 if TYPE_CHECKING:
     from attnfx.report import SiteReport

@@ -30,7 +30,7 @@ class Options:
     (:mod:`attnfx.lowering.tuning`); "off", kernels run in the shipped configurations, or in those that were found before; None:
     "search" with modes that begin with "max-autotune".
     ``buffers``: "read", masks and positions that a module keeps as buffers
-    are read when the graph is compiled, and compiled anew when they change (:mod:`attnfx.buffers`); "ignore", they are data.
+    are read when the graph is compiled, and compiled anew when they change (:mod:`attnfx.graphs.buffers`); "ignore", they are data.
     ``timeline``: attentions that run as torch's own kernels have names in a profiler's timeline under Inductor too, for some
     15 microseconds of the host a call; generated kernels always have theirs.
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 from attnfx.errors import PolicyError
 from attnfx.files import replace_file
-from attnfx.rule import KEEP, PHASES, Choice, Rule, Subject
+from attnfx.policies.rule import KEEP, PHASES, Choice, Rule, Subject
 
 __all__ = ["KEEP", "PHASES", "Policy", "Rule"]
 
@@ -82,8 +82,8 @@ class Policy:
 
     @staticmethod
     def preset(name: str) -> Policy:
-        """One of :data:`attnfx.presets.PRESETS`, such as "streaming"."""
-        from attnfx.presets import named
+        """One of :data:`attnfx.policies.presets.PRESETS`, such as "streaming"."""
+        from attnfx.policies.presets import named
 
         return named(name).policy
 
@@ -91,7 +91,7 @@ class Policy:
     def load(path: str | os.PathLike[str]) -> Policy:
         """The policy in a TOML, YAML or JSON file, by its suffix. PolicyError names the file, the line, the key, what was found and
         what is allowed. Nothing of the file is executed, and no other file is read."""
-        from attnfx.policy_file import read
+        from attnfx.policies.policy_file import read
 
         policy, problems = read(Path(path))
         if policy is None:
@@ -102,13 +102,13 @@ class Policy:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as TOML, YAML or JSON, by the suffix of `path`; a file there is replaced in one step, and no reader sees
         half of it."""
-        from attnfx.marked import format_of
+        from attnfx.policies.marked import format_of
 
         replace_file(Path(path), self.dumps(format_of(Path(path))))
 
     def dumps(self, format: str = "toml") -> str:
         """The policy as the text of a file: "toml", "yaml" or "json"."""
-        from attnfx.policy_writing import WRITERS
+        from attnfx.policies.policy_writing import WRITERS
 
         return WRITERS[format](self.to_dict())
 

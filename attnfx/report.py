@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnfx.breaks import Break
 from attnfx.files import replace_file
-from attnfx.report_fragment import report_fragment, site_fragment
-from attnfx.report_html import page
-from attnfx.report_json import site_to_dict, to_dict
-from attnfx.report_text import table
+from attnfx.graphs.breaks import Break
+from attnfx.reports.report_fragment import report_fragment, site_fragment
+from attnfx.reports.report_html import page
+from attnfx.reports.report_json import site_to_dict, to_dict
+from attnfx.reports.report_text import table
 
 if TYPE_CHECKING:
-    from attnfx.considered import Considered
-    from attnfx.graph_view import GraphView
-    from attnfx.kernel_files import Saved
     from attnfx.measure import Measured
+    from attnfx.reports.considered import Considered
+    from attnfx.reports.graph_view import GraphView
+    from attnfx.reports.kernel_files import Saved
     from attnfx.site import AttentionSite
     from attnfx.variants.base import Variant
 
@@ -147,13 +147,13 @@ class Report:
         each launch, and one of JSON with registers, spills, shared memory and block sizes. Lengths that are known only at
         run time are taken to be ``sample``. Each file appears whole or not at all. Raises AttnfxError with a sentence.
         """
-        from attnfx.kernel_files import save
+        from attnfx.reports.kernel_files import save
 
         return save(self, directory, targets, ptx, sample)
 
     def diff(self, other: "Report") -> str:
         """What runs otherwise in ``other``: attentions with another decision, variant or formula, and those in one only."""
-        from attnfx.report_diff import diff
+        from attnfx.reports.report_diff import diff
 
         return diff(self, other)
 

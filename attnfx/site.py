@@ -23,14 +23,14 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.band import Band
+from attnfx.algebra.integer_functions import foreign
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Expr, Int
-from attnfx.facts import Facts, prove
-from attnfx.feature_maps import IDENTITY, FeatureMap
-from attnfx.integer_functions import foreign
-from attnfx.integers import Ranges
-from attnfx.ordering import Order
-from attnfx.skipping import Skip
+from attnfx.sites.band import Band
+from attnfx.sites.facts import Facts, prove
+from attnfx.sites.feature_maps import IDENTITY, FeatureMap
+from attnfx.sites.ordering import Order
+from attnfx.sites.skipping import Skip
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class AttentionSite:
         return None
 
     def __str__(self) -> str:
-        from attnfx.notation import line
+        from attnfx.sites.notation import line
 
         return line(self)
 
@@ -193,7 +193,7 @@ class AttentionSite:
         ``sizes`` are the values of :attr:`symbols`. No dropout. The oracle of the tests.
         """
         if not self.exponential:
-            from attnfx import linear_reference
+            from attnfx.sites import linear_reference
 
             return linear_reference.attention(self, q, k, v, loads, sizes)
         return self.reference_lse(q, k, v, *loads, sizes=sizes)[0]
@@ -202,6 +202,6 @@ class AttentionSite:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *loads: torch.Tensor, sizes: tuple[int, ...] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`reference`, and the natural log of each row's softmax denominator, the sink included: (B,H,M)."""
-        from attnfx.evaluate import attention
+        from attnfx.algebra.evaluate import attention
 
         return attention(self, q, k, v, loads, sizes)

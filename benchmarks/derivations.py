@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnfx import algebra, expr
+from attnfx import expr
+from attnfx.algebra import separation
 from attnfx.backend import attnfx, listeners
 from attnfx.expr import Load
 from attnfx.files import replace_file
@@ -70,11 +71,11 @@ def _derived(report: Report) -> Result:
     if isinstance(plan, KernelPlan):
         ready = plan.site
         read = costs.bytes_read(ready.score) + costs.bytes_read(ready.keep)
-        loads = algebra.loads(ready.score) | algebra.loads(ready.keep)
+        loads = separation.loads(ready.score) | separation.loads(ready.keep)
         dense = max((_elements(plan, n) for n in loads if _of_pairs(plan, n)), default=0)
     return {
         "formula": str(site.site), "decision": site.decision, "forms": list(site.biases), "bytes": read, "dense": dense,
-        "rank": algebra.bias_rank(widened(site.site.score)),
+        "rank": separation.bias_rank(widened(site.site.score)),
     }  # fmt: skip
 
 

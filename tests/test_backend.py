@@ -124,7 +124,7 @@ def test_an_internal_error_leaves_the_graph_as_it_was(monkeypatch: pytest.Monkey
 
 
 def test_one_broken_splice_leaves_the_other_sites(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnfx.rewrite import Splicer
+    from attnfx.graphs.rewrite import Splicer
 
     whole, calls = Splicer.restored, []
 

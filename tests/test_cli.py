@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import attnfx
-from attnfx import cli, completion, doctor, versions
+from attnfx import cli, versions
 from attnfx.cli import app
-from attnfx.demo import Settings, run
+from attnfx.commands import completion, doctor
+from attnfx.commands.demo import Settings, run
 from attnfx.errors import AttnfxError, UnknownOption
 from attnfx.report import Report
 
@@ -164,7 +165,7 @@ def test_errors_are_data_with_json(
 
 def test_demo_gives_its_numbers_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"attnfx": {"milliseconds": 1.5}}
-    monkeypatch.setattr("attnfx.demo.run", lambda settings, told: numbers)
+    monkeypatch.setattr("attnfx.commands.demo.run", lambda settings, told: numbers)
     assert json.loads(_run("demo", "--json").stdout) == numbers
 
 
@@ -272,7 +273,7 @@ def test_demo_without_transformers_says_how_to_install_it(monkeypatch: pytest.Mo
 
 def test_demo_shows_why_a_measurement_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="the demo needs the test extra: pip install attnfx[test]")
-    monkeypatch.setattr("attnfx.demo.REFERENCE", "no_such_backend")
+    monkeypatch.setattr("attnfx.commands.demo.REFERENCE", "no_such_backend")
     with pytest.raises(AttnfxError, match="Traceback"):
         run(Settings(length=32, layers=1, repeats=1), cli.console)
 
@@ -318,15 +319,17 @@ def test_public_names() -> None:
 
 
 def test_names_are_completed_without_torch() -> None:
-    script = "from attnfx import cli, completion as c; import json, sys; print(json.dumps([c.variant_names('Sli'), \
+    script = (
+        "from attnfx import cli; from attnfx.commands import completion as c; import json, sys; print(json.dumps([c.variant_names('Sli'), \
 c.preset_names('st'), c.target_names('sm80,gfx'), 'torch' in sys.modules]))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [["SlidingWindow"], ["streaming"], ["sm80,gfx942"], False]
 
 
 def test_names_that_are_completed_are_those_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnfx.lowering.configs import SHARED_LIMIT
-    from attnfx.presets import presets
+    from attnfx.policies.presets import presets
 
     assert completion.variant_names() == sorted(attnfx.variants.all())
     assert completion.preset_names() == list(presets())

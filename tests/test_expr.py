@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnfx import expr
-from attnfx.evaluate import evaluate, grid_of
+from attnfx.algebra.evaluate import evaluate, grid_of
 from attnfx.expr import FALSE, TRUE, Const, Expr, Int, Load, Score, constant, index, integer
 
 I, J, H = index("i"), index("j"), index("h")

@@ -18,11 +18,11 @@ from index_programs import ARGUMENTS, H, M, N, Writer, arguments
 from torch import Tensor, fx
 
 from attnfx import expr
-from attnfx.capture import capture
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Expr, Int, Load
-from attnfx.integers import Ranges
-from attnfx.mirror import Mirror
+from attnfx.graphs.capture import capture
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.lift import Lifter
 
 #: How many results one function of a run makes, and how many are made in all.

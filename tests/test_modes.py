@@ -13,9 +13,9 @@ from torch import Tensor
 
 from attnfx import backend, patterns
 from attnfx.backend import rewrite
+from attnfx.graphs.rewrite import Splicer
 from attnfx.options import Options
 from attnfx.patterns.near import NearMiss, closest
-from attnfx.rewrite import Splicer
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def test_every_internal_error_raises_under_strict(owner: Any, name: str, monkeyp
 def test_one_near_miss_for_each_place_and_the_closest() -> None:
     from graphs import dynamo_graph
 
-    from attnfx.capture import capture
+    from attnfx.graphs.capture import capture
 
     def two(x: Tensor) -> Tensor:
         return (x @ x.mT).softmax(-2) @ x + (x @ x.mT).softmax(-1) @ x

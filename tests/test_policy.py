@@ -8,10 +8,10 @@ import pytest
 from test_site import site
 
 from attnfx.errors import PolicyError
+from attnfx.policies.policy_warnings import policy_warnings
+from attnfx.policies.rule import Subject
 from attnfx.policy import Policy, Rule
-from attnfx.policy_warnings import policy_warnings
 from attnfx.report import Missed, Report, SiteReport
-from attnfx.rule import Subject
 from attnfx.site import Origin
 from attnfx.variants import SlidingWindow
 

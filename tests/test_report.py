@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.module_paths import fold
+from attnfx.graphs.module_paths import fold
 from attnfx.policy import Rule
 from attnfx.report import Missed, Report, SiteReport
 from attnfx.site import AttentionSite

@@ -11,9 +11,9 @@ from windowed import Windowed
 
 import attnfx
 from attnfx import Rule
-from attnfx.inductor import patches
+from attnfx.graphs.inductor import patches
+from attnfx.graphs.vendor_names import Named, Noted
 from attnfx.lowering import timeline
-from attnfx.vendor_names import Named, Noted
 
 
 def _seen(call: object) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""The band of a plan (:mod:`attnfx.band`): the window that a call makes of its vectors, and which gradients it has.
+"""The band of a plan (:mod:`attnfx.sites.band`): the window that a call makes of its vectors, and which gradients it has.
 
 The window is the last side tensor of a plan: (1 or B, 1 or H, M + N - 1, W), the vectors in the order of j - i. Autograd takes
 its gradient back to the vectors themselves.
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.band import Band, I, J, distances, window
 from attnfx.expr import Int
 from attnfx.lowering.gradients import BiasGradient
 from attnfx.site import AttentionSite, SideTensor
+from attnfx.sites.band import Band, I, J, distances, window
 
 _HALVES = (torch.float16, torch.bfloat16)
 

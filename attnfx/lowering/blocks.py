@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnfx import expr
-from attnfx.evaluate import Value
+from attnfx.algebra.evaluate import Value
+from attnfx.algebra.intervals import Enclosure, Profile, enclose
+from attnfx.algebra.tiling import Tiling, kinds, kinds_between
 from attnfx.expr import Expr, Int, Load, Score
-from attnfx.intervals import Enclosure, Profile, enclose
 from attnfx.lowering.configs import OWN, WALKED
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.tables import size_symbol
-from attnfx.tiling import Tiling, kinds, kinds_between
 
 #: Fewer keys than this are visited without lists.
 KEYS = 1024

@@ -1,4 +1,4 @@
-"""Descriptors of tiles that are boxes of a layout: tokens in an order of their own (:mod:`attnfx.ordering`) by the copy engine.
+"""Descriptors of tiles that are boxes of a layout: the copy engine reads tokens in an order (:mod:`attnfx.sites.ordering`).
 
 A descriptor has five axes at most: batch, head, two axes of the layout and the width; of a layout of three axes the first one and
 the batch are one, where the strides allow it.
@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnfx.lowering.configs import Config, padded
 from attnfx.lowering.descriptors import serves
-from attnfx.ordering import Order, Side
+from attnfx.sites.ordering import Order, Side
 
 #: Tokens of the tiles that lists name, for which the axes are chosen.
 TILE = 64

@@ -30,8 +30,8 @@ from attnfx.lowering.configs import (
 from attnfx.lowering.descriptors import describe, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
-from attnfx.ordering import Order
-from attnfx.skipping import Skip
+from attnfx.sites.ordering import Order
+from attnfx.sites.skipping import Skip
 
 
 @dataclass(frozen=True)

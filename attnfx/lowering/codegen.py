@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 import sympy
 
 from attnfx import __version__, expr
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Const, Expr, Load
 from attnfx.files import replace_file
-from attnfx.integers import Ranges
 from attnfx.lowering import box_streams
 from attnfx.lowering.codegen_print import HELPERS, Body, Unprintable, _bare, may_mask, proportional
 from attnfx.lowering.handed import handed
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.ranges import FIRST, LAST, Bounds, Candidates
 from attnfx.lowering.tables import index_ranges
-from attnfx.ordering import Order, Side
+from attnfx.sites.ordering import Order, Side
 
 if TYPE_CHECKING:
     from attnfx.lowering.call import Program

@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from attnfx import __version__
+from attnfx.algebra.interval_arithmetic import FIRST, LAST
+from attnfx.algebra.intervals import Enclosure, enclose
 from attnfx.expr import Const, Expr, Load
-from attnfx.interval_arithmetic import FIRST, LAST
-from attnfx.intervals import Enclosure, enclose
 from attnfx.lowering import codegen
 from attnfx.lowering.codegen_print import Body, Unprintable, _bare
 from attnfx.lowering.plan import KernelPlan

@@ -10,10 +10,10 @@ import sympy
 import torch
 
 from attnfx import expr
+from attnfx.algebra.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
-from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges
 from attnfx.lowering.tables import KEYS
-from attnfx.nodes import has_score
 
 LOG2E = math.log2(math.e)
 #: Below any real score, above finfo.min of float32 and bfloat16 divided by log2(e): templates/arithmetic.py says so too.

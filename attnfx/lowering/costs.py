@@ -13,8 +13,8 @@ import sympy
 import torch
 
 from attnfx import expr
+from attnfx.algebra.integers import FloorDiv, Mod, PythonMod
 from attnfx.expr import INDEX, Call, Expr, Int, Load, Score, children
-from attnfx.integers import FloorDiv, Mod, PythonMod
 
 TRANSCENDENTAL_OPS = frozenset(
     ("exp", "exp2", "log", "log2", "log1p", "sin", "cos", "sqrt", "rsqrt", "tanh", "erf", "sigmoid", "pow")

@@ -35,7 +35,7 @@ from attnfx.lowering.flash import BIAS_KINDS, backward, backward_short, bias_gra
 from attnfx.lowering.linear import samples as linear
 from attnfx.lowering.templates import samples
 from attnfx.lowering.window_gradient import window_gradient
-from attnfx.skipping import Skip
+from attnfx.sites.skipping import Skip
 
 TARGETS = ("sm80", "sm90", "sm100", "gfx942")
 OPTIONS = ("num_warps", "num_stages")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Const, Expr, Int, Score, call, children, constant
-from attnfx.nodes import has_score
 
 ONE, ZERO = constant(1.0, torch.float32), constant(0.0, torch.float32)
 

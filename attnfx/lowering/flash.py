@@ -19,7 +19,7 @@ from attnfx.lowering.templates.bias_gradient import flash_bias_gradient
 from attnfx.lowering.templates.delta import flash_delta
 from attnfx.lowering.templates.flash_backward import flash_key_gradient, flash_query_gradient
 from attnfx.lowering.templates.flash_forward import flash_forward
-from attnfx.ordering import Order
+from attnfx.sites.ordering import Order
 
 
 def forward(

@@ -6,7 +6,7 @@
     products   u_r(i) * v_r(j), tabulated once a call, and a number of each key
     distance   table[h, i - j]
     tile       table[h, i, j], where it is small beside the queries: windows of an image
-    band       a product of the query with a vector of the distance, computed block by block (attnfx/band.py)
+    band       a product of the query with a vector of the distance, computed block by block (attnfx/sites/band.py)
 
 A sum of products replaces a number by larger ones. It is taken only where their size is proved (positions, sines; never coordinates
 that are data, whose squares may cancel), in units of the numbers that all queries and keys share, and small enough that float32
@@ -24,12 +24,12 @@ import sympy
 import torch
 
 from attnfx import expr
-from attnfx.algebra import Separation, additive, loads, separation
+from attnfx.algebra.nodes import has_score
+from attnfx.algebra.separation import Separation, additive, loads, separation
 from attnfx.expr import INDEX, Expr, Int, Load
 from attnfx.lowering import costs
 from attnfx.lowering.magnitude import centres, magnitude
 from attnfx.lowering.tables import Table, relative
-from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 
 Form = Literal["formula", "data", "key", "products", "distance", "tile", "band"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
+from attnfx.algebra.nodes import has_score
+from attnfx.algebra.summands import summands
 from attnfx.expr import INDEX, Expr, Int, Load, Score, children
-from attnfx.nodes import has_score
 from attnfx.site import SideTensor
-from attnfx.summands import summands
 
 Kind = Literal["tile", "column", "row", "diagonal", "left", "window"]
 KINDS = get_args(Kind)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Expr, Load
 from attnfx.lowering.codegen_print import LOG2E, MASKED_OUT
 from attnfx.lowering.plan import KernelPlan
-from attnfx.nodes import has_score
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from attnfx.algebra.evaluate import integer
 from attnfx.errors import AttnfxError
-from attnfx.evaluate import integer
 from attnfx.lowering import bands, blocks, codegen, crosscompile, flash, handed, kernel_gradients, launch
 from attnfx.lowering.configs import SHARED_LIMIT
 from attnfx.lowering.plan import KernelPlan

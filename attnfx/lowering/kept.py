@@ -16,10 +16,10 @@ import math
 import sympy
 
 from attnfx import expr
+from attnfx.algebra.hulls import slacks
 from attnfx.expr import Call, Const, Expr, Int, Load
-from attnfx.facts import follows
-from attnfx.hulls import slacks
 from attnfx.site import AttentionSite
+from attnfx.sites.facts import follows
 
 #: A fill at or below this meets no real score.
 UNREACHABLE = -1e30

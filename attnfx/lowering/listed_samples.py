@@ -13,8 +13,8 @@ from attnfx.expr import Expr, Load, Score
 from attnfx.lowering import blocks, codegen, handed
 from attnfx.lowering.call import Program
 from attnfx.lowering.plan import KernelPlan, make_plan
-from attnfx.ordering import Order
 from attnfx.site import AttentionSite, SideTensor
+from attnfx.sites.ordering import Order
 
 #: Tokens of a site.
 LENGTH = 4096

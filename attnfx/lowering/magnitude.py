@@ -7,8 +7,8 @@ import math
 import sympy
 
 from attnfx import expr
+from attnfx.algebra.integers import FloorDiv, Mod, PythonMod, Ranges
 from attnfx.expr import INDEX, Call, Const, Expr, Int
-from attnfx.integers import FloorDiv, Mod, PythonMod, Ranges
 from attnfx.lowering.tables import index_ranges
 from attnfx.site import AttentionSite
 

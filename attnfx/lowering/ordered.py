@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnfx.lowering import blocks
 from attnfx.lowering.plan import KernelPlan
-from attnfx.ordering import Order
+from attnfx.sites.ordering import Order
 
 #: Tokens of the tiles that kernels read: in each the place of the first token and those of the others are a sum.
 TILES = (16, 32, 64, 128)

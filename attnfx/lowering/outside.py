@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
 from attnfx.expr import INDEX, Call, Expr, Int, Load
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnfx.biases.pair_network import factors, features
 from attnfx.lowering.mapped import looped
 from attnfx.lowering.ops import LIBRARY
-from attnfx.pair_network import factors, features
 
 LIBRARY.define(
     "pair_columns(Tensor pair, Tensor[] query_layers, Tensor[] key_layers, Tensor scale, Tensor query) -> (Tensor, Tensor)"

@@ -13,9 +13,9 @@ import sympy
 import torch
 from torch import Tensor
 
-from attnfx import expr, ordering
+from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Const, Expr, Int, Load
-from attnfx.facts import Facts, prove
 from attnfx.lowering import bands, forms, skips
 from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import KINDS, BiasGradient, find
@@ -23,8 +23,10 @@ from attnfx.lowering.kept import where_kept
 from attnfx.lowering.outside import split
 from attnfx.lowering.ranges import Bounds, key_bounds, query_bounds
 from attnfx.lowering.tables import KEYS, TABLE_AXES, Table, clamped, size_symbol
-from attnfx.nodes import has_score
-from attnfx.serialize import (
+from attnfx.site import AttentionSite, Origin, SideTensor
+from attnfx.sites import ordering
+from attnfx.sites.facts import Facts, prove
+from attnfx.sites.serialize import (
     FormatError,
     Json,
     Reader,
@@ -34,8 +36,7 @@ from attnfx.serialize import (
     site_from_data,
     site_to_data,
     write_symbol,
-)
-from attnfx.site import AttentionSite, Origin, SideTensor
+)  # fmt: skip
 
 Family = Literal["flash", "portable"]
 VERSION = 2
@@ -187,10 +188,9 @@ class KernelPlan:
 def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ...]:
     """The plan of ``site`` for a family, or sentences that say why it has none."""
     site = _readied(site)
-    objections = _objections(site, family)
-    if objections:
+    if objections := _objections(site, family):
         return objections
-    symbols, exact, chosen = site.symbols, _needs_exact_rows(site), _forms(site)
+    exact, chosen = _needs_exact_rows(site), _forms(site)
     score, tables = chosen.score, chosen.tables
     ready = site.replace(
         score=score, keep=clamped(site.keep, site), side=(*site.side, *(_side(t, site) for t in tables), *bands.side(site)),
@@ -201,7 +201,7 @@ def make_plan(site: AttentionSite, family: Family) -> KernelPlan | tuple[str, ..
     if any(isinstance(g, str) for g in found):
         return cast(tuple[str, ...], found)
     planned = (*cast(tuple[BiasGradient, ...], found), *bands.gradients(ready))
-    plan = KernelPlan(ready, family, tables, planned, exact, symbols, chosen.shift)
+    plan = KernelPlan(ready, family, tables, planned, exact, site.symbols, chosen.shift)
     return (_unprintable(plan) if family == "flash" else ()) or plan
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from attnfx.facts import Facts, I, J
+from attnfx.sites.facts import Facts, I, J
 
 #: The ends of a run of positions, in candidates without an anchor.
 FIRST, LAST = (sympy.Symbol(f"attnfx_{name}", integer=True, nonnegative=True) for name in ("first", "last"))

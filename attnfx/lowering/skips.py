@@ -1,4 +1,4 @@
-"""Attention that leaves out tiles (:mod:`attnfx.skipping`): what of it can be lowered, and with which blocks.
+"""Attention that leaves out tiles (:mod:`attnfx.sites.skipping`): what of it can be lowered, and with which blocks.
 
 The tile that is decided on is the kernel's block, so it is the variant's to choose and never tuned.
 """
@@ -12,7 +12,7 @@ import torch
 from attnfx.expr import ONE
 from attnfx.lowering.configs import SHARED_LIMIT, Config, Tile, default, padded, target_of
 from attnfx.site import AttentionSite
-from attnfx.skipping import Skip
+from attnfx.sites.skipping import Skip
 
 
 def objections(site: AttentionSite) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import INDEX, Call, Expr, Int, Load, children
-from attnfx.integers import Ranges
 from attnfx.site import AttentionSite
 
 I, J, H = INDEX["i"], INDEX["j"], INDEX["h"]

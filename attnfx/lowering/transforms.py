@@ -4,7 +4,7 @@
 once for each
 example. The gradient's own gradient (`create_graph=True`) is that of the formula in plain torch operations, which forms tensors of
 S x S elements, as the model's own second derivative does. Forward mode and functorch's own `grad` never meet the operators: such
-a graph stays as it was (:mod:`attnfx.levels`).
+a graph stays as it was (:mod:`attnfx.graphs.levels`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from attnfx import expr
-from attnfx.evaluate import attention as plain_attention
+from attnfx.algebra.evaluate import attention as plain_attention
 from attnfx.expr import INDEX
 from attnfx.lowering import bands, mapped
 from attnfx.lowering.plan import KernelPlan

@@ -1,7 +1,7 @@
 """Torch's own attention kernels under the name of a site: `attnfx::named_<kernel>` is the kernel within a range of the timeline.
 
 `attnfx::vendor_attention` becomes one of torch's kernels while a compiler traces it, so that the choice of the kernel, its gradient
-and its memory stay torch's. The names come in last, on the graph that Inductor lowers (:mod:`attnfx.inductor`): same
+and its memory stay torch's. The names come in last, on the graph that Inductor lowers (:mod:`attnfx.graphs.inductor`): same
 operands, same results, same demands on strides.
 """
 

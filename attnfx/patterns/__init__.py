@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns import (  # noqa: F401 - the rules register themselves
     flex,
     joined,

@@ -14,9 +14,9 @@ import sympy
 from torch import fx
 from torch.utils._sympy.functions import PythonMod
 
+from attnfx.algebra.integers import FloorDiv, Mod, Ranges, replace
 from attnfx.expr import Expr, Int
-from attnfx.integers import FloorDiv, Mod, Ranges, replace
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, Lifter, operation
 from attnfx.patterns.versions import Past, as_read, hidden_by, obtainable

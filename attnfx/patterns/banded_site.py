@@ -9,10 +9,8 @@ import sympy
 import torch
 from torch import fx
 
-from attnfx.band import Band
 from attnfx.expr import Expr
-from attnfx.facts import Facts, prove
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.axes import Axis, Extents, Operand
 from attnfx.patterns.bands import ROW, WIDTH, Found, Setting, banded, hides
 from attnfx.patterns.candidate import Layout
@@ -20,6 +18,8 @@ from attnfx.patterns.lift import Lifter
 from attnfx.patterns.program import Program, canonical, narrowed
 from attnfx.patterns.unscaled import unscaled
 from attnfx.site import SideTensor
+from attnfx.sites.band import Band
+from attnfx.sites.facts import Facts, prove
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bands: products of a vector of each query with one of each distance, added to the scores (see :mod:`attnfx.band`).
+"""Bands: products of a vector of each query with one of each distance, added to the scores (see :mod:`attnfx.sites.band`).
 
 The logits read such a product, a contraction of its own, at a place that is a function of i - j: after a shift by padding and a
 view, a gather, or because one operand was gathered by distances. What a shift reads on the wrong side of its diagonal is a product
@@ -15,17 +15,17 @@ import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
+from attnfx.algebra.summands import summands
 from attnfx.expr import Call, Const, Expr, Int, Load, Score
-from attnfx.facts import Facts
-from attnfx.mirror import Mirror, sizes
-from attnfx.nodes import has_score
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents, Operand, history, rooted, understood
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import Dot, Index, Lifter
 from attnfx.patterns.regions import Region
 from attnfx.patterns.versions import Past, as_read, obtainable
-from attnfx.summands import summands
+from attnfx.sites.facts import Facts
 
 #: The summed axis of a band, and the axis of distances.
 WIDTH, ROW = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("attnfx_width", "attnfx_row"))

@@ -14,7 +14,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr
-from attnfx.mirror import Mirror, sizes
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.lift import operation
 from attnfx.patterns.lift_moves import argument, integer_of
 

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.callees import derive
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Expr, Int, Load
-from attnfx.integers import Ranges
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.callees import derive
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.block_proof import blocked_mask, same
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, Lifter

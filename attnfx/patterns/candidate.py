@@ -9,7 +9,7 @@ import sympy
 from torch import fx
 
 from attnfx.expr import Expr
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.lift import Index, Lifter
 
 

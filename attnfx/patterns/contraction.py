@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.integers import floordiv
 from attnfx.expr import Expr, Int
-from attnfx.integers import floordiv
-from attnfx.mirror import is_tensor, sizes
+from attnfx.graphs.mirror import is_tensor, sizes
 from attnfx.patterns.equations import letters
 from attnfx.patterns.lift import Dot, Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument

@@ -6,7 +6,7 @@ import string
 
 from torch import fx
 
-from attnfx.mirror import is_tensor, sizes
+from attnfx.graphs.mirror import is_tensor, sizes
 
 
 def letters(node: fx.Node) -> tuple[tuple[str, ...], str] | None:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.lift import Index
 from attnfx.patterns.readings import Reading
 

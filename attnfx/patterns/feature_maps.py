@@ -11,11 +11,11 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load, Score
-from attnfx.feature_maps import FeatureMap
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.lift import _MOVES, _RULES, Index, Lifter, operation
 from attnfx.patterns.lift_moves import argument
 from attnfx.patterns.products import CASTS
+from attnfx.sites.feature_maps import FeatureMap
 
 Step = tuple[fx.Node, Index]
 

@@ -19,10 +19,10 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.callees import Subgraph, derive, subgraph
-from attnfx.capture import called
 from attnfx.expr import Expr
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.callees import Subgraph, derive, subgraph
+from attnfx.graphs.capture import called
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.blocks import BlockTable, block_table
 from attnfx.patterns.candidate import Candidate, Refused
 from attnfx.patterns.lift import Dot, Index, Lifter

@@ -9,7 +9,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
-from attnfx.mirror import as_sympy, sizes
+from attnfx.graphs.mirror import as_sympy, sizes
 from attnfx.patterns.lift import Index, Lifter, operation
 from attnfx.patterns.lift_moves import argument, integer_of
 from attnfx.patterns.lift_reshapes import reshaped

@@ -13,7 +13,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
-from attnfx.mirror import Mirror, sizes
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import contraction

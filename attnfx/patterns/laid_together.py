@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.callees import derive
 from attnfx.expr import Int
-from attnfx.mirror import Mirror, sizes
+from attnfx.graphs.callees import derive
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents, Operand, history, understood
 from attnfx.patterns.contraction import Contraction
 from attnfx.patterns.lift import Index, Lifter

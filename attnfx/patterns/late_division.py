@@ -8,7 +8,7 @@ import sympy
 from torch import fx
 
 from attnfx.expr import Expr, Int, Load
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction, contraction

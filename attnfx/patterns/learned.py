@@ -14,12 +14,12 @@ import sympy
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.summands import number
 from attnfx.expr import Call, Const, Expr, Int, Load
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.lift import Dot
 from attnfx.patterns.separate import MASK_LEVEL
 from attnfx.patterns.versions import Past
-from attnfx.summands import number
 
 #: How much of a learned bias is formula: all of it, with a second product of the queries beside that with the keys or with
 #: every such product as data, only sums and masks of plainly indexed tensors, or nothing.

@@ -18,10 +18,10 @@ import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.integer_functions import foreign
+from attnfx.algebra.integers import Ranges, floordiv, modulo
 from attnfx.expr import Expr, Int, Load
-from attnfx.integer_functions import foreign
-from attnfx.integers import Ranges, floordiv, modulo
-from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, as_sympy, is_tensor, sizes
 from attnfx.patterns.order import decisive
 
 if TYPE_CHECKING:

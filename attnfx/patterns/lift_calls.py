@@ -10,9 +10,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnfx import expr
-from attnfx.callees import Subgraph, derive
 from attnfx.expr import Expr, Load
-from attnfx.mirror import is_tensor
+from attnfx.graphs.callees import Subgraph, derive
+from attnfx.graphs.mirror import is_tensor
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
-from attnfx.mirror import is_tensor, sizes
+from attnfx.graphs.mirror import is_tensor, sizes
 from attnfx.patterns.lift import Index, Lifter, operation, position_rule
 from attnfx.patterns.lift_moves import argument
 from attnfx.patterns.lift_values import _dtype

@@ -10,7 +10,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
-from attnfx.mirror import as_sympy, is_tensor, sizes
+from attnfx.graphs.mirror import as_sympy, is_tensor, sizes
 from attnfx.patterns.lift import Index, Lifter, _Step, expressible, operation, rule, unpacked
 from attnfx.patterns.lift_reshapes import reshaped
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
-from attnfx.mirror import sizes
+from attnfx.graphs.mirror import sizes
 from attnfx.patterns.lift import Index, Lifter, operation, position_rule, rule
 from attnfx.patterns.lift_gathers import wrapped
 from attnfx.patterns.lift_moves import argument, integer_of

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
-from attnfx.algebra import loads
+from attnfx.algebra.separation import loads
 from attnfx.expr import Call, Const, Expr, Int
-from attnfx.mirror import is_tensor, sizes
+from attnfx.graphs.mirror import is_tensor, sizes
 from attnfx.patterns.contraction import _dot, _einsum, contraction
 from attnfx.patterns.lift import Index, Lifter, operation, position_rule, rule, unpacking_rule
 from attnfx.patterns.lift_choices import UNROLLED, static

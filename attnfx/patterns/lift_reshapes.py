@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import sympy
 
 from attnfx import expr
+from attnfx.algebra.integers import recombined
 from attnfx.expr import Expr, Int
-from attnfx.integers import recombined
 from attnfx.patterns.lift import Index, Lifter, Stale
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.hulls import slacks
+from attnfx.algebra.integers import Max, Min, Mod, PythonMod, extremum, floordiv
 from attnfx.expr import Call, Const, Expr, Int
-from attnfx.hulls import slacks
-from attnfx.integers import Max, Min, Mod, PythonMod, extremum, floordiv
-from attnfx.mirror import is_tensor, sizes
+from attnfx.graphs.mirror import is_tensor, sizes
 from attnfx.patterns.lift import Index, Lifter, rule
 from attnfx.patterns.lift_moves import argument
 from attnfx.patterns.lift_values import _dtype, _unwrapped, exact_in

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Expr, Int
-from attnfx.integers import Ranges
-from attnfx.mirror import is_tensor
+from attnfx.graphs.mirror import is_tensor
 from attnfx.patterns.lift import Index, Lifter, operation, rule
 from attnfx.patterns.lift_moves import argument, integer_of
 

@@ -6,7 +6,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int
-from attnfx.mirror import sizes
+from attnfx.graphs.mirror import sizes
 from attnfx.patterns.lift import Index, Lifter, position_rule
 from attnfx.patterns.lift_moves import argument, integer_of
 from attnfx.patterns.lift_reshapes import reshaped

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from attnfx.mirror import Mirror, is_tensor
+from attnfx.graphs.mirror import Mirror, is_tensor
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.feature_maps import ACTIVATIONS, ARITHMETIC
 from attnfx.patterns.lift import _MOVES, Stale, operation

@@ -11,8 +11,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Load, Score
-from attnfx.feature_maps import IDENTITY, FeatureMap
-from attnfx.mirror import Mirror, sizes
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents, Operand, understood
 from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.evidence import activation, aligned_tokens, same_operand
@@ -24,6 +23,7 @@ from attnfx.patterns.program import canonical
 from attnfx.patterns.readings import ROW, Reading, ScoreLifter
 from attnfx.patterns.weights import split_weights
 from attnfx.site import AttentionSite, SideTensor
+from attnfx.sites.feature_maps import IDENTITY, FeatureMap
 
 Number = Callable[[fx.Node], int]
 

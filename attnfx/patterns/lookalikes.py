@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import fx
 
-from attnfx.mirror import Mirror, is_tensor
+from attnfx.graphs.mirror import Mirror, is_tensor
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import has_rule, operation
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
-from attnfx.mirror import Mirror, descends, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, descends, is_tensor, sizes
 from attnfx.patterns.added import place, summation, summed_with
 from attnfx.patterns.axes import Extents, Operand, divisors, history, rooted, understood
 from attnfx.patterns.banded_site import Laid, laid, without_band

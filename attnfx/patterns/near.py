@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.matcher import Match
 
 

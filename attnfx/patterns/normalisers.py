@@ -12,12 +12,12 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Load, Score
-from attnfx.feature_maps import RAW
-from attnfx.mirror import Mirror, is_tensor
+from attnfx.graphs.mirror import Mirror, is_tensor
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.lift import Index, operation
 from attnfx.patterns.products import Divisor, Factor, Product, scale, sums_of
 from attnfx.patterns.readings import Reading, ScoreLifter, expanded
+from attnfx.sites.feature_maps import RAW
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Load
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.candidate import Refused
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import has_rule, operation

@@ -17,7 +17,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
-from attnfx.mirror import Mirror, as_sympy, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, as_sympy, is_tensor, sizes
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.equations import letters
 from attnfx.patterns.lift import _MOVES, _RULES, Index, Lifter, Stale, operation

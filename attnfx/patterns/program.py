@@ -11,11 +11,10 @@ import torch
 from torch import fx
 
 from attnfx import expr
+from attnfx.algebra.integers import Ranges, floordiv, modulo
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import INDEX, Expr, Load
-from attnfx.facts import prove
-from attnfx.integers import Ranges, floordiv, modulo
-from attnfx.mirror import Mirror
-from attnfx.nodes import has_score
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.axes import Extents
 from attnfx.patterns.candidate import Layout, Refused
 from attnfx.patterns.lift import Dot, operation
@@ -23,6 +22,7 @@ from attnfx.patterns.order import settled
 from attnfx.patterns.probabilities import ONE, Factor, support
 from attnfx.patterns.separate import Logits, separate
 from attnfx.patterns.versions import Past, obtainable
+from attnfx.sites.facts import prove
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr, Int, Load
-from attnfx.mirror import Mirror, sizes
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.axes import Extents, divisors
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.feature_maps import ACTIVATIONS, history_of

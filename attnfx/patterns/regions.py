@@ -9,8 +9,8 @@ from __future__ import annotations
 import sympy
 
 from attnfx import expr
+from attnfx.algebra.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges, extremum, floordiv, modulo
 from attnfx.expr import Call, Expr, Int
-from attnfx.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges, extremum, floordiv, modulo
 
 #: How far from its row a shift may read.
 _ROWS = (0, 1, -1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 from attnfx.patterns.evidence import activation
 
 _PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::convolution", "aten::conv1d", "aten::conv2d", "aten::conv3d"}

@@ -11,7 +11,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Expr
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import Contraction
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Const, Expr
-from attnfx.nodes import has_score
 
 #: A constant at least this low, added or put in place of a score, is a mask; anything higher is a bias.
 MASK_LEVEL = -1e4

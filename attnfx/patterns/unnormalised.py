@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from attnfx.mirror import Mirror, descends, sizes
+from attnfx.graphs.mirror import Mirror, descends, sizes
 from attnfx.patterns.candidate import Candidate
 from attnfx.patterns.contraction import contraction
 from attnfx.patterns.lift import operation

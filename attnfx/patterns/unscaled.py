@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from attnfx.mirror import sizes
+from attnfx.graphs.mirror import sizes
 from attnfx.patterns.axes import Operand, through_scaling
 from attnfx.patterns.lift import Lifter, operation
 from attnfx.patterns.versions import as_read, hidden_by, obtainable

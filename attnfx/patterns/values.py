@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from attnfx.mirror import Mirror
+from attnfx.graphs.mirror import Mirror
 
 
 class ValueNumbers:

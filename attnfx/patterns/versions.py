@@ -15,7 +15,7 @@ from torch import fx
 
 from attnfx import expr
 from attnfx.expr import Call, Const, Expr, Load
-from attnfx.mirror import Mirror, is_tensor, sizes
+from attnfx.graphs.mirror import Mirror, is_tensor, sizes
 from attnfx.patterns.inverse import Place, placed
 from attnfx.patterns.lift import Dot, Index, Lifter, Stale, operation
 

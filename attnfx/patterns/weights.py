@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Const, Expr
-from attnfx.nodes import has_score
 from attnfx.patterns.separate import MASK_LEVEL, widened
 
 #: Operations under which a masked score of minus infinity or of a huge negative number becomes exactly zero.

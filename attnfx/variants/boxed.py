@@ -13,10 +13,11 @@ import sympy
 import torch
 from torch import Tensor
 
-from attnfx import expr, fields
+from attnfx import expr
+from attnfx.algebra import fields
 from attnfx.expr import INDEX, Expr, Int
-from attnfx.ordering import Order
 from attnfx.site import AttentionSite
+from attnfx.sites.ordering import Order
 from attnfx.variants.attend import Attend, beside, read
 from attnfx.variants.boxes import Boxes
 

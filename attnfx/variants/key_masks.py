@@ -10,8 +10,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from attnfx.algebra.nodes import depends_on, walk
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load
-from attnfx.nodes import depends_on, walk
 from attnfx.variants.attend import Attend
 
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {

@@ -53,7 +53,7 @@ class LowRankBias(Variant):
         )
 
     def apply(self, site: "AttentionSite") -> "AttentionSite":
-        """The site itself: what stands for its bias depends on the values (:mod:`attnfx.low_rank`)."""
+        """The site itself: what stands for its bias depends on the values (:mod:`attnfx.biases.low_rank`)."""
         return site
 
     def reference(

@@ -43,7 +43,7 @@ class NeuralBias(Variant):
         return ()
 
     def apply(self, site: "AttentionSite") -> "AttentionSite":
-        """The site itself: what stands for its bias depends on the networks (:mod:`attnfx.neural`)."""
+        """The site itself: what stands for its bias depends on the networks (:mod:`attnfx.biases.neural`)."""
         return site
 
     def reference(

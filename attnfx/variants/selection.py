@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnfx import expr
+from attnfx.algebra.integers import FloorDiv
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Const, Expr, Int, Score
-from attnfx.integers import FloorDiv
-from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
 from attnfx.variants import standing as places
 from attnfx.variants.attend import Attend, beside, read

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnfx.errors import PolicyError
 from attnfx.site import AttentionSite
-from attnfx.skipping import TILES, Skip, left_out
+from attnfx.sites.skipping import TILES, Skip, left_out
 from attnfx.variants import dense
 from attnfx.variants.base import Example, Variant
 from attnfx.variants.parameters import real_number

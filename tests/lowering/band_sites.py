@@ -28,9 +28,9 @@ from lowering_sites import (
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.band import Band
 from attnfx.expr import Expr, Int
 from attnfx.site import SideTensor
+from attnfx.sites.band import Band
 
 WIDTH = 16
 LENGTH = QUERIES + KEYS - 1

@@ -10,8 +10,8 @@ from lowering_sites import SCALED, B, Example, H, I, J, causal, load, side, site
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.band import Band
 from attnfx.expr import Expr, Int
+from attnfx.sites.band import Band
 
 BATCH, QUERIES, KEYS = 2, 390, 460
 INT = torch.int64

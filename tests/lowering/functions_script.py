@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Expr, Load, index
-from attnfx.integers import Ranges
 from attnfx.lowering.codegen_print import Body, _bare
 
 REAL = Load(0, (index("j"),), torch.float32)

@@ -12,8 +12,8 @@ from form_sites import examples as form_examples
 from lowering_sites import MIN32, SCALED, B, Example, I, J, causal, distance, examples, inputs, load, side, site, t5
 
 from attnfx import expr
+from attnfx.algebra.integers import Max, Min
 from attnfx.expr import Expr, Int
-from attnfx.integers import Max, Min
 from attnfx.lowering import bands, kernel_gradients, ops, portable
 from attnfx.lowering.plan import KernelPlan, make_plan
 

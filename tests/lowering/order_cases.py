@@ -16,7 +16,7 @@ import attnfx.lowering.ops  # noqa: F401 - registers the operators
 from attnfx import expr
 from attnfx.lowering import box_streams, ordered
 from attnfx.lowering.plan import Family
-from attnfx.ordering import Order
+from attnfx.sites.ordering import Order
 
 IMAGE = Order((4, 8, 4, 8), (0, 2, 1, 3))
 VIDEO = Order((2, 4, 4, 4, 2, 4), (0, 2, 4, 1, 3, 5))

@@ -36,7 +36,7 @@ import attnfx.lowering.ops  # noqa: F401 - registers the operators
 from attnfx import expr
 from attnfx.lowering.plan import Family
 from attnfx.site import AttentionSite
-from attnfx.skipping import Skip, left_out
+from attnfx.sites.skipping import Skip, left_out
 
 SKIP = Skip(0.05, None, 16, 16)
 STEP = replace(SKIP, chunk=64)

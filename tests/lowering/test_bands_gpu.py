@@ -17,9 +17,9 @@ from torch import Tensor
 
 import attnfx.lowering.ops  # noqa: F401 - registers the operators
 from attnfx import expr
-from attnfx.band import Band
 from attnfx.expr import Int, Score
 from attnfx.lowering.plan import KernelPlan, make_plan
+from attnfx.sites.band import Band
 from attnfx.testing import peak_bytes
 
 pytestmark = [

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnfx.lowering.ops  # noqa: F401 - registers the operators
 from attnfx import expr
-from attnfx.evaluate import evaluate, grid_of
+from attnfx.algebra.evaluate import evaluate, grid_of
 from attnfx.lowering import blocks
 from attnfx.lowering.blocks import OWN, WALKED, Mask
 from attnfx.lowering.plan import KernelPlan, make_plan

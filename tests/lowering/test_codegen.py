@@ -29,8 +29,8 @@ from lowering_sites import (
 from sink_cases import examples as sink_examples
 
 from attnfx import expr
+from attnfx.algebra.integers import FloorDiv, Max, Min, PythonMod
 from attnfx.expr import Int
-from attnfx.integers import FloorDiv, Max, Min, PythonMod
 from attnfx.lowering import codegen, handed
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.site import AttentionSite

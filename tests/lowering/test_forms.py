@@ -23,10 +23,10 @@ from lowering_sites import (
 from torch import Tensor
 
 from attnfx import expr
+from attnfx.algebra.nodes import UNARY
 from attnfx.expr import Expr
 from attnfx.lowering import costs, form_text, forms, ops
 from attnfx.lowering.plan import KernelPlan, choices, make_plan
-from attnfx.nodes import UNARY
 from attnfx.site import AttentionSite
 
 

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 from variants.variant_cases import site_of
 
 import attnfx
-from attnfx import expr, kernel_files
+from attnfx import expr
 from attnfx.cli import app
 from attnfx.errors import AttnfxError, UnknownOption
 from attnfx.lowering import codegen, crosscompile
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.report import Report, SiteReport
+from attnfx.reports import kernel_files
 from attnfx.site import AttentionSite
 
 pytest.importorskip("triton")

@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 from attnfx.lowering import box_streams, codegen, ordered, vendor
 from attnfx.lowering.configs import Config
 from attnfx.lowering.plan import KernelPlan, make_plan
-from attnfx.ordering import Order
-from attnfx.serialize import FormatError
+from attnfx.sites.ordering import Order
+from attnfx.sites.serialize import FormatError
 
 TEXT = plan_text(ordered_site(UNEVEN), "portable")
 

@@ -31,8 +31,8 @@ from attnfx.lowering.derivative import derivative, widened
 from attnfx.lowering.gradients import BiasGradient
 from attnfx.lowering.plan import KernelPlan, make_plan
 from attnfx.lowering.portable.blocks import Problem
-from attnfx.serialize import FormatError
 from attnfx.site import AttentionSite
+from attnfx.sites.serialize import FormatError
 
 
 def planned(s: AttentionSite) -> KernelPlan:
@@ -157,7 +157,7 @@ def test_casts_of_the_scores_are_dropped_and_others_stay() -> None:
 
 @pytest.mark.parametrize("score", [SCALED, softcap(), -(Score() * 2.0), expr.call("sigmoid", SCALED), expr.call("exp", SCALED)])
 def test_derivatives(score: Expr) -> None:
-    from attnfx.evaluate import evaluate
+    from attnfx.algebra.evaluate import evaluate
 
     dot = torch.linspace(-3, 3, 11, dtype=torch.float64, requires_grad=True)
     grid = {"i": torch.zeros(11, dtype=torch.int64)}
@@ -203,7 +203,7 @@ def test_slots_that_are_no_numbers_are_numbered_in_order() -> None:
 @pytest.mark.parametrize("keep", [causal(), causal(5), causal(-20), window(3), window(20), expr.le(J, expr.integer(9))])
 @pytest.mark.parametrize("rows", [range(0, 1), range(3, 11), range(30, 37)])
 def test_key_ranges_are_tight_and_full_where_they_say(keep: Expr, rows: range) -> None:
-    from attnfx.evaluate import evaluate
+    from attnfx.algebra.evaluate import evaluate
 
     plan = planned(site(keep=keep))
     q, k = torch.empty(2, 4, QUERIES, 16), torch.empty(2, 2, KEYS, 16)

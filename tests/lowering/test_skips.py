@@ -16,7 +16,7 @@ from skip_cases import KEYS, QUERIES, SKIP, STEP, errors, examples, interpreted,
 from attnfx.expr import ONE
 from attnfx.lowering import skips, vendor
 from attnfx.lowering.plan import make_plan
-from attnfx.skipping import Skip, left_out
+from attnfx.sites.skipping import Skip, left_out
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-5)], ids=["float64", "float32"])

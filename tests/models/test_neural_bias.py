@@ -13,10 +13,10 @@ from transformers.models.esm.modeling_esmfold import EsmFoldTriangleAttention
 import attnfx
 from attnfx import measure
 from attnfx.backend import listeners
+from attnfx.biases.fitting import Fitted
+from attnfx.biases.pair_file import load
+from attnfx.biases.pair_network import factors, features
 from attnfx.errors import AttnfxError, PolicyError
-from attnfx.fitting import Fitted
-from attnfx.pair_file import load
-from attnfx.pair_network import factors, features
 from attnfx.report import Report
 from attnfx.variants import NeuralBias
 

@@ -13,8 +13,8 @@ from graphs import assert_same, compiled
 from torch import Tensor
 from torch.nn import functional
 
-from attnfx.band import Band
 from attnfx.report import Report
+from attnfx.sites.band import Band
 
 
 def compared(model: Callable[..., Tensor], tensors: list[Tensor], **options: Any) -> Report:

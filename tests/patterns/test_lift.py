@@ -13,11 +13,11 @@ from graphs import dynamo_graph
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.capture import capture
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
+from attnfx.algebra.integers import Ranges
 from attnfx.expr import Expr, Int, Load
-from attnfx.integers import Ranges
-from attnfx.mirror import Mirror, sizes
+from attnfx.graphs.capture import capture
+from attnfx.graphs.mirror import Mirror, sizes
 from attnfx.patterns.lift import Lifter
 from attnfx.patterns.versions import Past
 

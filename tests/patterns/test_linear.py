@@ -15,17 +15,17 @@ from linear_lookalikes import LOOKALIKES
 from linear_spellings import SPELLINGS, Linear, elu1, t
 from torch import Tensor, fx
 
-from attnfx.capture import capture
 from attnfx.decide import decide
 from attnfx.errors import Objection
+from attnfx.graphs.capture import capture
+from attnfx.graphs.mirror import Mirror
 from attnfx.lowering.plan import make_plan
-from attnfx.mirror import Mirror
 from attnfx.patterns import recognise, recognise_linear
 from attnfx.patterns.axes import Operand
 from attnfx.patterns.linear_site import LinearMatch
 from attnfx.policy import Policy, Rule
-from attnfx.serialize import FormatError, Reader, Writer, site_from_data, site_to_data
 from attnfx.site import Origin
+from attnfx.sites.serialize import FormatError, Reader, Writer, site_from_data, site_to_data
 from attnfx.variants.sliding_window import SlidingWindow
 
 

@@ -8,9 +8,9 @@ import pytest
 import sympy
 
 from attnfx import expr
-from attnfx.evaluate import integer
+from attnfx.algebra.evaluate import integer
+from attnfx.algebra.integers import FloorDiv, Mod, Ranges
 from attnfx.expr import INDEX, Int
-from attnfx.integers import FloorDiv, Mod, Ranges
 from attnfx.patterns.regions import Region
 
 I, J = INDEX["i"], INDEX["j"]

@@ -106,7 +106,7 @@ def test_the_names_of_patterns_are_those_that_a_policy_may_say() -> None:
     import re
     from pathlib import Path
 
-    from attnfx.rule import PATTERNS
+    from attnfx.policies.rule import PATTERNS
 
     folder = Path(attnfx.__file__).parent / "patterns"
     texts = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from attnfx import cli, tune
+from attnfx import cli
+from attnfx.commands import tune
 from attnfx.errors import AttnfxError, UnknownOption
 from attnfx.lowering.configs import Config
 from attnfx.lowering.tuning import cache

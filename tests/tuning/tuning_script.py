@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tuning_calls import backward_call, example, forward_call
 
-import attnfx.tune
+import attnfx.commands.tune
 from attnfx.lowering import decode as split
 from attnfx.lowering import flash, launch, ops
 from attnfx.lowering.configs import Choice, Config, Tile
@@ -56,7 +56,7 @@ def prepared(prefer: Callable[[dict[str, Any]], float] = lambda given: 1.0) -> N
     cache.identity = lambda device: WHO
     calls.timer, calls._compiled = timer, compiled
     calls._usual = calls.Session(1e6)
-    attnfx.tune.here = lambda: WHO
+    attnfx.commands.tune.here = lambda: WHO
 
 
 def launches(action: Callable[[], Any]) -> dict[str, dict[str, int]]:
@@ -222,10 +222,10 @@ def model() -> Any:
     """`attnfx tune` of a model, forward and backward; the second time everything is remembered."""
     prepared(lambda given: 1.0 if given["BLOCK_N"] == 16 else 2.0)
     made, x = Attention(), torch.randn(1, 69, 32)
-    settings = attnfx.tune.Settings(1e6, backward=True)
+    settings = attnfx.commands.tune.Settings(1e6, backward=True)
     told: list[str] = []
-    first = attnfx.tune.tune(made, (x,), {}, settings, lambda kernel, done, of, best: told.append(kernel))
-    second = attnfx.tune.tune(made, (x,), {}, settings)
+    first = attnfx.commands.tune.tune(made, (x,), {}, settings, lambda kernel, done, of, best: told.append(kernel))
+    second = attnfx.commands.tune.tune(made, (x,), {}, settings)
     return {
         "first": first.to_data(), "remembered": second.remembered, "searched again": len(second.outcomes),
         "told": sorted(set(told)), "gradients": [p.grad is None for p in made.parameters()],

@@ -7,7 +7,7 @@ import sympy
 import torch
 from variant_cases import BATCH, EXAMPLES, HEADS, SCALE, site_of, tensors_of
 
-from attnfx.density import work
+from attnfx.reports.density import work
 from attnfx.variants import SlidingWindow
 from attnfx.variants.base import Example, pairs
 

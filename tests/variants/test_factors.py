@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnfx.factors import Factors, columns, copies, factored
+from attnfx.biases.factors import Factors, columns, copies, factored
 
 
 def field(sizes: tuple[int, int], spread: float, heads: int = 1) -> Tensor:

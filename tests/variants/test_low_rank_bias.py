@@ -11,10 +11,11 @@ from test_buffers import Watched
 from torch import Tensor, nn
 
 import attnfx
-from attnfx import buffer_guard, expr
-from attnfx.beside import Beside, Exact
+from attnfx import expr
+from attnfx.biases.beside import Beside, Exact
+from attnfx.biases.low_rank import low_rank
 from attnfx.errors import PolicyError
-from attnfx.low_rank import low_rank
+from attnfx.graphs import buffer_guard
 from attnfx.report import Report
 from attnfx.site import AttentionSite, SideTensor
 from attnfx.variants import LowRankBias

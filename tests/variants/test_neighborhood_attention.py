@@ -9,10 +9,10 @@ import pytest
 import torch
 from variant_cases import site_of, tensors_of
 
+from attnfx.algebra.intervals import enclose
+from attnfx.algebra.tiling import Tiling, kinds
 from attnfx.composing import OnTensors
 from attnfx.errors import PolicyError
-from attnfx.intervals import enclose
-from attnfx.tiling import Tiling, kinds
 from attnfx.variants import NeighborhoodAttention, boxed, boxes
 from attnfx.variants.base import Example
 

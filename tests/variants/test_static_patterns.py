@@ -13,11 +13,11 @@ import torch
 from variant_cases import applied, oracle, site_of, tensors_of
 
 from attnfx import expr
+from attnfx.algebra.intervals import enclose
+from attnfx.algebra.tiling import Tiling, kinds
 from attnfx.composing import OnTensors
 from attnfx.errors import PolicyError
-from attnfx.intervals import enclose
 from attnfx.site import AttentionSite, Origin
-from attnfx.tiling import Tiling, kinds
 from attnfx.variants import (
     Anchor,
     AShape,

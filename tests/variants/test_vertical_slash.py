@@ -13,11 +13,11 @@ from torch import Tensor
 from variant_cases import SCALE, applied, site_of, tensors_of
 
 from attnfx import expr
+from attnfx.algebra.intervals import enclose
+from attnfx.algebra.tiling import Tiling, kinds
 from attnfx.composing import OnTensors
 from attnfx.errors import PolicyError
-from attnfx.intervals import enclose
 from attnfx.site import AttentionSite, SideTensor
-from attnfx.tiling import Tiling, kinds
 from attnfx.variants import VerticalSlash
 from attnfx.variants.base import Example
 

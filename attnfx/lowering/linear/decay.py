@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load
 from attnfx.site import AttentionSite
 

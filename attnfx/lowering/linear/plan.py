@@ -16,13 +16,13 @@ import sympy
 import torch
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score
-from attnfx.facts import conjuncts, prove
 from attnfx.lowering.linear.decay import H, I, J, Refusal, Values, rate
 from attnfx.lowering.linear.under_mask import simplified
-from attnfx.nodes import has_score
-from attnfx.serialize import Reader, Writer, fields, read_symbol, write_symbol
 from attnfx.site import AttentionSite
+from attnfx.sites.facts import conjuncts, prove
+from attnfx.sites.serialize import Reader, Writer, fields, read_symbol, write_symbol
 
 #: What a factor of a key alone may be made of: it multiplies a key by itself, and must not overflow where the weight does not.
 _BOUNDED = frozenset(("add", "sub", "mul", "neg", "abs", "cast", "cos", "sin", "tanh", "sigmoid", "where", "min", "max",

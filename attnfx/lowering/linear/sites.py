@@ -9,7 +9,7 @@ from torch import Tensor
 
 import attnfx.lowering.linear.ops  # noqa: F401 - registers the operators
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
 from attnfx.expr import Const, Expr
 from attnfx.lowering.linear.plan import LinearPlan
 from attnfx.lowering.mapped import looped

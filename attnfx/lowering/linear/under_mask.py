@@ -14,12 +14,12 @@ import sympy
 import torch
 
 from attnfx import expr
+from attnfx.algebra.hulls import slacks
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Const, Expr
-from attnfx.facts import Facts, conjuncts, follows, prove
-from attnfx.hulls import slacks
 from attnfx.lowering.linear.decay import I, J, Refusal, Values, numbers, rate, whole
-from attnfx.nodes import has_score
 from attnfx.site import AttentionSite
+from attnfx.sites.facts import Facts, conjuncts, follows, prove
 
 
 def simplified(site: AttentionSite, values: Values | None) -> AttentionSite:

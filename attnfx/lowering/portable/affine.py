@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from attnfx import expr
+from attnfx.algebra.nodes import has_score
 from attnfx.expr import Call, Const, Expr, Int, Score, constant
-from attnfx.nodes import has_score
 
 ZERO = constant(0.0, torch.float32)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate
+from attnfx.algebra.evaluate import evaluate
 from attnfx.lowering.plan import UNREACHABLE
 from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.affine import Affine, affine

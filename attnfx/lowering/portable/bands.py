@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnfx.band import Band, rounded, skewed
 from attnfx.lowering.gradients import BiasGradient
 from attnfx.lowering.portable.blocks import Block, Problem
+from attnfx.sites.band import Band, rounded, skewed
 
 
 def product(problem: Problem, block: Block) -> Tensor | None:

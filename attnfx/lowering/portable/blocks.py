@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from attnfx import expr
-from attnfx.evaluate import evaluate, integer
+from attnfx.algebra.evaluate import evaluate, integer
+from attnfx.algebra.intervals import enclose
+from attnfx.algebra.tiling import Tiling, kinds
 from attnfx.expr import INDEX, Expr, Int, Load
-from attnfx.intervals import enclose
 from attnfx.lowering import blocks as lists
 from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import picked as tiles
 from attnfx.lowering.portable.philox import dropout_scale
 from attnfx.lowering.portable.picked import Kept, Layout
 from attnfx.lowering.ranges import FIRST, LAST, Candidates
-from attnfx.tiling import Tiling, kinds
 
 #: Scores in one block: 4 MB of float32.
 ELEMENTS = 1 << 20

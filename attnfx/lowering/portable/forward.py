@@ -14,7 +14,7 @@ from attnfx.lowering.plan import KernelPlan
 from attnfx.lowering.portable import bands
 from attnfx.lowering.portable.aten import Fused
 from attnfx.lowering.portable.blocks import Block, Problem
-from attnfx.skipping import left_out
+from attnfx.sites.skipping import left_out
 
 
 class Result(NamedTuple):

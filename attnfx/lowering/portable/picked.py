@@ -1,6 +1,6 @@
 """Which tiles of keys a block of query rows reads, where the mask is more than closed-form bounds, and which blocks that makes.
 
-The tiles are those of `attnfx/tiling.py`: nothing of an empty one is kept, all of a full one. Rows, heads and batches that keep
+The tiles are those of `algebra/tiling.py`: nothing of an empty one is kept, all of a full one. Rows, heads and batches that keep
 alike are worked on together; those that do not are taken apart where that reads fewer keys than it makes calls.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnfx.intervals import Enclosure
+from attnfx.algebra.intervals import Enclosure
 
 #: Rows of a tile, and its keys: of tables of blocks a block, but not fewer than the least.
 ROWS, COLUMNS, LEAST = 64, 32, 16

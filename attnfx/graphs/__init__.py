@@ -1,0 +1,1 @@
+"""The model's graph: captured, read as a mirror, edited, and handed on."""
