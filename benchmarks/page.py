@@ -57,8 +57,7 @@ _DECODE = """
 _CPU = """
 ## The portable family on a CPU
 
-{machine}. Milliseconds of a call with one thread, on cores that other work shared: compare within a row. *speed* is against
-torch.compile's default, the median of the turns.
+{machine}. Milliseconds of a call on {cores} cores. *speed* is against torch.compile's default, the median of the turns.
 
 """
 
@@ -85,7 +84,7 @@ def page() -> str:
         _table(("variant", "kept", "attnfx", "dense", "flex", "fla", "of dense", "/ flex", "/ fla"), _variants(variants)),
         _DECODE.format(machine=_machine(steps)),
         _table(("cache", "attnfx", "SDPA", "flex", "/ SDPA", "/ flex"), _decode(steps)),
-        _CPU.format(machine=_machine(cpu)),
+        _CPU.format(machine=_machine(cpu), cores=cpu["machine"]["cores"]),
         _table(("attention", "eager", "torch.compile", "attnfx", "speed"), _cpu(cpu)),
     ))  # fmt: skip
 

@@ -319,10 +319,9 @@ def test_public_names() -> None:
 
 
 def test_names_are_completed_without_torch() -> None:
-    script = (
-        "from attnfx import cli; from attnfx.commands import completion as c; import json, sys; print(json.dumps([c.variant_names('Sli'), \
-c.preset_names('st'), c.target_names('sm80,gfx'), 'torch' in sys.modules]))"
-    )
+    names = "c.variant_names('Sli'), c.preset_names('st'), c.target_names('sm80,gfx'), 'torch' in sys.modules"
+    imports = "from attnfx import cli; from attnfx.commands import completion as c; import json, sys"
+    script = f"{imports}; print(json.dumps([{names}]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [["SlidingWindow"], ["streaming"], ["sm80,gfx942"], False]
 
