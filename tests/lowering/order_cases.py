@@ -38,6 +38,8 @@ def cases() -> Iterator[Case]:
     yield Case("image", ordered_site(IMAGE, near))
     yield Case("image, half", ordered_site(IMAGE, near, dtype=F16), streams=True)
     yield Case("image, heads first", ordered_site(IMAGE, near, dtype=F16), heads_last=False, streams=True)
+    for width in (80, 128):
+        yield Case(f"image, {width} wide", ordered_site(IMAGE, near, dtype=F16, head_dim=width, value_dim=width), streams=True)
     yield Case("image, full", ordered_site(IMAGE, dtype=F16), streams=True)
     yield Case("image, softcap", ordered_site(IMAGE, near, score=softcap()))
     ids = expr.eq(*(load(0, B, x, dtype=torch.int64) for x in (I, J)))
