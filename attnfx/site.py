@@ -202,6 +202,6 @@ class AttentionSite:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *loads: torch.Tensor, sizes: tuple[int, ...] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`reference`, and the natural log of each row's softmax denominator, the sink included: (B,H,M)."""
-        from attnfx.algebra.evaluate import attention
+        from attnfx.sites.reference import attention
 
         return attention(self, q, k, v, loads, sizes)

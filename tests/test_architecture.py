@@ -44,6 +44,12 @@ def test_errors_come_before_expressions_and_expressions_before_sites() -> None:
     assert "site" not in {_part(name) for name in _imports("expr.py")}
 
 
+@pytest.mark.parametrize("module", [module for module in _modules() if _part(module) == "algebra"])
+def test_algebra_knows_of_no_site(module: str) -> None:
+    # but for the text of an expression, which is written in the letters of sites
+    assert {_part(name) for name in _imports(module)} <= {"algebra", "expr"} or module == "algebra/nodes.py"
+
+
 @pytest.mark.parametrize("module", [module for module in _modules() if _part(module) == "variants"])
 def test_variants_import_the_site_only(module: str) -> None:
     assert {_part(name) for name in _imports(module)} <= SITE | {"variants"}

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from attnfx import expr
-from attnfx.algebra.evaluate import attention as plain_attention
 from attnfx.expr import INDEX
 from attnfx.lowering import bands, mapped
 from attnfx.lowering.plan import KernelPlan
+from attnfx.sites.reference import attention as plain_attention
 
 #: The arguments of ``attnfx::flash_backward`` before the lists of tiles, which may be left out; the two gradients are the last.
 _GIVEN = 14

@@ -19,7 +19,7 @@ IMAGE = Order((4, 8, 4, 8), (0, 2, 1, 3))
 
 @st.composite
 def orders(draw: st.DrawFn) -> Order:
-    sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=6))
+    sizes = draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=5))
     return Order(tuple(sizes), tuple(draw(st.permutations(range(len(sizes))))))
 
 
@@ -49,12 +49,13 @@ def test_boxes_hold_the_tokens_of_their_block_in_turn(order: Order, block: int) 
         return
     assert math.prod(s.length for s in sides) == order.tokens
     assert math.prod(s.box for s in sides) == block
-    for start in range(0, order.tokens, block):
-        found = torch.zeros(1, dtype=torch.int64)
-        for side in sides:
-            corner = sum(start // below % size * weight for below, size, weight in side.digits)
-            found = (found[:, None] + (corner + torch.arange(side.box)) * side.step).flatten()
-        assert torch.equal(found, order.place(torch.arange(start, start + block)))
+    starts = torch.arange(0, order.tokens, block)
+    found = torch.zeros(len(starts), 1, dtype=torch.int64)
+    for side in sides:
+        corner = sum(starts // below % size * weight for below, size, weight in side.digits)
+        along = (corner[:, None] + torch.arange(side.box)) * side.step
+        found = (found[:, :, None] + along[:, None, :]).flatten(1)
+    assert torch.equal(found.flatten(), order.place(torch.arange(order.tokens)))
 
 
 def test_a_tile_of_an_image_is_a_box_of_it() -> None:
