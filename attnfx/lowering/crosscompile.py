@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attnfx.lowering import launch, listed_samples
+from attnfx.lowering import launch, listed_samples, page_scores
 from attnfx.lowering.band_launch import suited
 from attnfx.lowering.bands import Arguments
 from attnfx.lowering.call import Program, Residuals
@@ -107,6 +107,8 @@ BANDED = "causal, second product"
 LISTED = "causal, documents, by lists"
 #: A neighbourhood in an image, whose tiles are boxes of it.
 BOXES = "boxes of an image, by lists"
+#: Pages of 16 keys, scored.
+PAGES = "pages of a cache"
 BY_LISTS = {LISTED: listed_samples.documents, BOXES: listed_samples.image}
 LISTS = ("profile_ends", "tile_lists")
 #: The kernels for few queries and keys; the literal ones are for rows that keep nothing, and may spill.
@@ -167,6 +169,7 @@ def representative(target: str) -> Iterator[Job]:
     for head_dim in (64, 128, 256):
         for program, kernel in zip(SKIPPING, ("forward", "decode_partial"), strict=True):
             yield Job(program, bf16, head_dim, target, (kernel,))
+    yield Job(PAGES, bf16, 128, target, ("page_scores",))
     decoding = ("decode_partial", "decode_merge")
     for dtype in (bf16, torch.float32):
         for head_dim in (64, 128, 256):
@@ -227,6 +230,12 @@ def _calls(job: Job) -> Iterator[tuple[str, launch.Call]]:
         yield from ((n, call) for n, call in linear.calls(job.program, job.dtype, job.head_dim, job.target) if n in job.kernels)
         return
     batch, heads, key_heads, length = 2, 8, 4, listed_samples.LENGTH
+    if job.program == PAGES:
+        k = torch.empty(batch, key_heads, length, job.head_dim, dtype=job.dtype, device="meta")
+        with launch.recording(job.target) as recording:
+            page_scores.launched(k, k.new_empty(batch, key_heads, 1, job.head_dim, dtype=torch.float32), 16)
+        yield "page_scores", recording.calls[0]
+        return
     q = torch.empty(batch, heads, length, job.head_dim, dtype=job.dtype, device="meta")
     k = torch.empty(batch, key_heads, length, job.head_dim, dtype=job.dtype, device="meta")
     loads = [torch.empty(heads, 2 * length - 1, device="meta")]

@@ -309,7 +309,8 @@ def _check_planned(plan: KernelPlan, needed: Sequence[bool]) -> None:
 
 
 def _register() -> None:
-    import attnfx.lowering.linear.sites  # noqa: F401 - registers its operators
+    import attnfx.lowering.linear.sites
+    import attnfx.lowering.page_scores  # noqa: F401 - both register operators
     from attnfx.lowering import mapped, transforms
 
     LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")

@@ -15,6 +15,9 @@ from attnfx.site import AttentionSite
 from attnfx.variants import key_masks, selection, standing
 from attnfx.variants.attend import Attend, beside, read
 
+#: Keys of a page up to which a kernel scores pages.
+LARGEST = 128
+
 
 def possible(site: AttentionSite, keys: int) -> bool:
     """Whether a single query tells keys apart by nothing but a mask that can be gathered, and the ``keys`` that it attends to are
@@ -33,10 +36,18 @@ def possible(site: AttentionSite, keys: int) -> bool:
 
 def scores(attend: Attend, key: Tensor, by: Tensor, page: int) -> Tensor:
     """The means of by . k (B, HK, pages) over pages of k (B, HK, N, D), ``by`` (B, HK, 1, D): one pass over the keys."""
+    if has_kernel(attend.device, attend.site.dtype, page):
+        made: Tensor = torch.ops.attnfx.page_scores.default(torch.detach(key), by, page)
+        return made
     number, count = selection.counted(attend, attend.site.keys, page), attend.number(attend.site.keys)
     products = torch.mul(selection.wide(key, attend.site.dtype), by)
     sums = torch.sum(torch.unflatten(pad(products, (0, 0, 0, number * page - count)), 2, (-1, page)), (3, 4))
     return torch.div(sums, torch.clamp(torch.add(torch.mul(attend.arange(number), -page), count), max=page))
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, page: int) -> bool:
+    """Whether a kernel scores pages; elsewhere the compiler makes one of torch's operations."""
+    return device.type == "cuda" and dtype.itemsize == 2 and page <= LARGEST
 
 
 def attended(
