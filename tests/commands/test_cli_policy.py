@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from test_policy_files import MALFORMED, TEXTS, WANT
+from policy_texts import MALFORMED, TEXTS, WANT
 from typer.testing import CliRunner
 
 from attnfx import variants

@@ -11,6 +11,7 @@ import torch
 from graphs import assert_same, compiled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from watched import Watched
 
 import attnfx
 from attnfx import exporting
@@ -81,29 +82,6 @@ def model(layers: int = 2, make: Callable[[], nn.Module] = Attention) -> nn.Modu
 
 def inputs(length: int = 11) -> Tensor:
     return torch.linspace(-1, 1, 2 * length * 8).view(2, length, 8)
-
-
-class Watched:
-    """A model compiled with attnfx, compared with itself at every call; ``reports`` has one entry for each compile."""
-
-    def __init__(self, model: Any, dynamic: bool | None = None, **options: Any) -> None:
-        torch._dynamo.reset()
-        self.model, self.reports = model, list[Report]()
-        given = {"inner": "eager", "strict": True, **options}
-        self.compiled = torch.compile(model, backend=attnfx.backend.attnfx, dynamic=dynamic, options=given)
-
-    def __call__(self, *args: Tensor) -> int:
-        """How many compiles there were up to now."""
-        token = listeners.set((self.reports.append,))
-        try:
-            assert_same(self.compiled(*args), self.model(*args))
-        finally:
-            listeners.reset(token)
-        return len(self.reports)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(name for site in self.reports[-1].sites for name in site.buffers)
 
 
 def only(report: Report) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from test_buffers import Watched
 from torch import Tensor, nn
+from watched import Watched
 
 import attnfx
 from attnfx import expr
