@@ -22,9 +22,9 @@ class Pair:
 
 BAD = (
     Pair(
-        {"triton": lambda v: v < (3, 7), "numpy": lambda v: v >= (2, 5)},
-        "Triton's interpreter (TRITON_INTERPRET=1) before 3.7 fails under NumPy 2.5: it takes int() of an array. Kernels on a GPU "
-        "are not concerned; for the interpreter install numpy<2.5.",
+        {"triton": lambda v: v < (3, 7), "numpy": lambda v: v >= (2, 4)},
+        "Triton's interpreter (TRITON_INTERPRET=1) before 3.7 fails under NumPy 2.4: it takes int() of an array. Kernels on a GPU "
+        "are not concerned; for the interpreter install numpy<2.4.",
     ),
     Pair(
         {"torch": lambda v: v[:2] == (2, 11)},

@@ -247,10 +247,10 @@ def test_doctor_fails_where_a_kernel_does_not_fit(monkeypatch: pytest.MonkeyPatc
     ("installed", "required", "told"),
     [
         ({"torch": "2.13.0+cpu", "triton": "3.7.1", "numpy": "2.5.0"}, ['triton==3.7.1; platform_system == "Linux"'], []),
-        ({"torch": "2.12.0", "triton": "3.6.0", "numpy": "2.4.6"}, ["triton==3.6.0", "sympy>=1.13"], []),
+        ({"torch": "2.12.0", "triton": "3.6.0", "numpy": "2.3.5"}, ["triton==3.6.0", "sympy>=1.13"], []),
         ({"torch": "2.12.0", "triton": "not installed"}, ["triton==3.6.0"], []),
         ({"torch": "2.12.1", "triton": "3.7.1"}, ["triton==3.6.0"], ["torch 2.12.1 was released with Triton 3.6.0, and 3.7.1 is"]),
-        ({"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.5.1"}, [], ["Triton's interpreter", "torch 2.11's scaled_dot"]),
+        ({"torch": "2.11.0", "triton": "3.6.0", "numpy": "2.4.6"}, [], ["Triton's interpreter", "torch 2.11's scaled_dot"]),
         ({"torch": "2.14.0.dev1"}, [], ["torch 2.14.0.dev1 is not one of those"]),
         ({"torch": "2.9.1"}, [], ["torch 2.9.1 is not one of those that attnfx is tested with, 2.11 to below 2.14."]),
     ],

@@ -1,5 +1,6 @@
-"""Attention of boxes: the tokens are put in the order of tiles, attended under a mask that is read from a table, and put back.
+"""Attention of boxes: the tokens are attended in the order of tiles, under a mask that knows their places.
 
+Where no tile is cut, that order is one of digits, which the attention follows itself; else the tokens are put in order and back.
 Groups of tokens that see nothing of each other, all alike and not small, are further examples of the batch.
 """
 
