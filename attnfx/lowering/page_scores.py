@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 
 from attnfx.lowering.configs import padded
 from attnfx.lowering.mapped import looped
-from attnfx.lowering.ops import LIBRARY
+from attnfx.lowering.ops import _TAGS, LIBRARY
 
-LIBRARY.define("page_scores(Tensor key, Tensor by, int page) -> Tensor")
+LIBRARY.define("page_scores(Tensor key, Tensor by, int page) -> Tensor", tags=_TAGS)
 #: Rows of a tile of keys; a larger page is a tile.
 ROWS = 64
 
