@@ -208,6 +208,9 @@ class Tracer(fx.Interpreter):
         self.calls[n] = given
         return result
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(batched.direct(target), args, kwargs)
+
     def autocast(self, n: fx.Node) -> Any:
         """Enter or leave an autocast region for real: tracing alone would only write it down."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)

@@ -56,6 +56,10 @@ def mapped_products(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(node for span in named for node in span)
 
 
+#: Kinds of levels whose pop has another name.
+_POPPED = {"functionalize": "func"}
+
+
 @contextmanager
 def restored() -> Iterator[None]:
     """Leaves functorch's stack as deep as it was, however what is inside ends."""
@@ -64,8 +68,10 @@ def restored() -> Iterator[None]:
     try:
         yield
     finally:
-        if functorch.get_dynamic_layer_stack_depth() > depth:
-            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        while functorch.get_dynamic_layer_stack_depth() > depth:
+            # torch 2.11's own way down to a depth goes one too far
+            kind = functorch.peek_interpreter_stack().key().name.lower()
+            getattr(functorch, f"_{_POPPED.get(kind, kind)}_decrement_nesting")()
 
 
 def _spans(graph: fx.Graph) -> Iterator[tuple[list[fx.Node], list[str]]]:
