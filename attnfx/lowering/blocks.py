@@ -142,7 +142,10 @@ def of_call(
         return found
 
     by_rows, by_keys = known
-    return lists(False) if by_rows is None else by_rows, lists(True) if grads and by_keys is None else by_keys if grads else None
+    by_rows = lists(False) if by_rows is None else by_rows
+    if not grads:
+        return by_rows, None
+    return by_rows, lists(True) if by_keys is None else by_keys
 
 
 def kernels_run(device: torch.device) -> bool:

@@ -50,7 +50,7 @@ def attention(
     where they are known before the call (`fixed_lists.py`). Raises ValueError where there are not as many loads or sizes as
     the plan has.
     """
-    if ordered.wanted(plan) and not ordered.fused(plan, query, (query, key, value, *loads)):
+    if ordered.wanted(plan, query, key) and not ordered.fused(plan, query, (query, key, value, *loads)):
         found: Any = ordered.put(attention, query, key, value, loads, sizes, plan, site, row_blocks, key_blocks)
         return found  # type: ignore[no-any-return]
     return _attention(query, key, value, loads, sizes, plan, site, (row_blocks, key_blocks))[0][0]
@@ -64,7 +64,7 @@ def attention_lse(
 
     float32, for a float64 query float64; -inf for a row whose keys are all -inf and that has no sink. Gradients flow through both.
     """
-    if ordered.wanted(plan):
+    if ordered.wanted(plan, query, key):
         found: Any = ordered.put(attention_lse, query, key, value, loads, sizes, plan, site, row_blocks, key_blocks)
         return found  # type: ignore[no-any-return]
     out, _ = _attention(query, key, value, loads, sizes, plan, site, (row_blocks, key_blocks), with_lse=True)
@@ -79,7 +79,7 @@ def attention_unnormalised(
 
     The latter two are float32, for a float64 query float64. Gradients flow through the first two, m taken for a constant.
     """
-    if ordered.wanted(plan):
+    if ordered.wanted(plan, query, key):
         found: Any = ordered.put(attention_unnormalised, query, key, value, loads, sizes, plan, site, row_blocks, key_blocks)
         return found  # type: ignore[no-any-return]
     (out, _), results = _attention(query, key, value, loads, sizes, plan, site, (row_blocks, key_blocks))

@@ -22,9 +22,13 @@ from attnfx.sites.ordering import Order
 TILES = (16, 32, 64, 128)
 
 
-def wanted(text: str) -> bool:
-    """Whether the plan ``text`` has an order."""
-    return KernelPlan.from_json(text).site.order is not None
+def wanted(text: str, query: Tensor, key: Tensor) -> bool:
+    """Whether the plan ``text`` has an order. Raises ValueError where it is one of another number of tokens: a kernel would read
+    beyond the end."""
+    order = KernelPlan.from_json(text).site.order
+    if order is not None and not query.shape[2] == key.shape[2] == order.tokens:
+        raise ValueError(f"there are {query.shape[2]} queries and {key.shape[2]} keys; their order is one of {order.tokens} tokens")
+    return order is not None
 
 
 def fused(text: str, query: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -43,8 +47,6 @@ def put(
     """What ``operator`` gives of the tokens in the order of the plan ``text``, every result as the tokens lie."""
     order = KernelPlan.from_json(text).site.order
     assert order is not None
-    if query.shape[2] != order.tokens or key.shape[2] != order.tokens:
-        raise ValueError(f"there are {query.shape[2]} queries and {key.shape[2]} keys; their order is one of {order.tokens} tokens")
     results = operator(*(order.moved(t) for t in (query, key, value)), loads, sizes, unordered(text), *rest)
     return _back(order, results) if isinstance(results, Tensor) else tuple(_back(order, t) for t in results)
 

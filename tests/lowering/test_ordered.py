@@ -84,10 +84,15 @@ def test_whether_a_kernel_reads_them_is_decided_without_numbers(monkeypatch: pyt
     assert not ordered.fused(plan_text(ordered_site(UNEVEN), "flash"), torch.empty(2, 4, 420, 16), [])
 
 
-def test_another_number_of_tokens_is_refused() -> None:
+def test_another_number_of_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 4, 419, 16)
     with pytest.raises(ValueError, match="419 queries and 419 keys; their order is one of 420 tokens"):
         torch.ops.attnfx.attention(q, q, q, [], [], TEXT)
+    with monkeypatch.context() as kernels:  # also where a kernel would read them where they lie
+        kernels.setattr(ordered.blocks, "kernels_run", lambda device: True)
+        q = torch.randn(1, 4, 960, 16)
+        with torch.no_grad(), pytest.raises(ValueError, match="960 queries and 960 keys; their order is one of 1024 tokens"):
+            torch.ops.attnfx.attention(q, q, q, [], [], plan_text(ordered_site(IMAGE), "flash"))
     reasons = make_plan(ordered_site(UNEVEN).replace(order=IMAGE), "portable")
     assert not isinstance(reasons, KernelPlan)
     assert reasons == ("there are 420 queries and 420 keys; their order is one of 1024 tokens.",)
