@@ -13,6 +13,7 @@ from attnfx import expr
 from attnfx.algebra.integers import FloorDiv, Max, Min, Mod, PythonMod, Ranges
 from attnfx.algebra.nodes import has_score
 from attnfx.expr import INDEX, Call, Const, Expr, Int, Load, Score, children
+from attnfx.lowering.comparisons import parted
 from attnfx.lowering.tables import KEYS
 
 LOG2E = math.log2(math.e)
@@ -153,6 +154,9 @@ class Body:
     def _call(self, e: Call) -> str:
         if e.op == "cast":
             return self._cast(e)
+        if e.op in expr.COMPARE and (compared := parted(e)):
+            texts = [f"({self.integer(left)} {_BINARY[e.op]} {self.integer(right)})" for left, right in compared]
+            return texts[0] if len(texts) == 1 else f"({' & '.join(texts)})"
         floats = e.dtype.is_floating_point or (e.op in expr.COMPARE and any(a.dtype.is_floating_point for a in e.args))
         args = [self._as_float(a) if floats and not (e.op == "where" and n == 0) else self.text(a) for n, a in enumerate(e.args)]
         if self.typed and e.dtype in _NARROW:

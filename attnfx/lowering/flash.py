@@ -238,14 +238,14 @@ def bias_gradient(
 
 
 def statistics(launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
-    """(lse, delta, row_max, row_sum, degenerate), with delta (B,H,M) fp32 computed here; the GPU is already current."""
-    delta = torch.empty_like(residuals.lse)
+    """(lse2, delta, row_max, row_sum, degenerate), the first two (B,H,M) fp32 computed here (`flash_delta`); the GPU is current."""
+    delta, lse2 = torch.empty_like(residuals.lse), torch.empty_like(residuals.lse)
     block_m = max(16, 2048 // padded(launch.dv))
     run(
         flash_delta, (-(-launch.m // block_m) * launch.batch * launch.heads,), out, grad_out,
-        delta if grad_lse is None else grad_lse.float().contiguous(), delta, out.stride(), grad_out.stride(),
+        delta if grad_lse is None else grad_lse.float().contiguous(), residuals.lse, delta, lse2, out.stride(), grad_out.stride(),
         launch.heads, launch.m, HAS_GRAD_LSE=grad_lse is not None, DV=launch.dv, BLOCK_M=block_m,
         BLOCK_DV=padded(launch.dv),
     )  # fmt: skip
     r = residuals
-    return r.lse, delta, r.row_max, r.row_sum, r.degenerate
+    return lse2, delta, r.row_max, r.row_sum, r.degenerate

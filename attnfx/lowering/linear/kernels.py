@@ -256,7 +256,7 @@ def _upstream(
     block_m = max(16, 2048 // padded(dv))
     if sums.numel():
         run(
-            flash_delta, (-(-m // block_m) * batch * heads,), out, grad_out, delta, delta, out.stride(), grad_out.stride(), heads,
-            m, HAS_GRAD_LSE=False, DV=dv, BLOCK_M=block_m, BLOCK_DV=padded(dv),
+            flash_delta, (-(-m // block_m) * batch * heads,), out, grad_out, delta, None, delta, None, out.stride(),
+            grad_out.stride(), heads, m, HAS_GRAD_LSE=False, DV=dv, BLOCK_M=block_m, BLOCK_DV=padded(dv),
         )  # fmt: skip
     return r, gradient_of_sums(delta, r, sums, grad_sums, eps, divisor)

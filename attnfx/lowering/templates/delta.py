@@ -1,10 +1,10 @@
-"""Row deltas: what the gradient of the logits needs of the output and its gradient."""
+"""What the gradient of the logits needs of each row: its delta, from the output and its gradient, and its LSE in base 2."""
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
-from attnfx.lowering.templates.tiles import head_base, row_pointers
+from attnfx.lowering.templates.tiles import LOG2E, head_base, row_pointers
 
 
 @triton.jit(do_not_specialize=["heads", "M"])
@@ -12,7 +12,9 @@ def flash_delta(
     o,
     grad_o,
     grad_lse,
+    lse,
     delta,
+    lse2,
     o_strides,
     grad_o_strides,
     heads,
@@ -22,7 +24,8 @@ def flash_delta(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """delta (B,H,M) fp32 = sum_d dO * O - dLSE: what the logits need of both; grid (row tiles * B * H,)."""
+    """delta (B,H,M) fp32 = sum_d dO * O - dLSE, and lse2 = `in_base_2` of the natural lse, both None where there is none; grid (row
+    tiles * B * H,)."""
     tiles = tl.cdiv(M, BLOCK_M)
     bh = tl.program_id(0) // tiles
     offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -38,3 +41,12 @@ def flash_delta(
     if HAS_GRAD_LSE:
         total -= tl.load(grad_lse + at, mask=offs_m < M, other=0.0)
     tl.store(delta + at, total, mask=offs_m < M)
+    if lse is not None:
+        tl.store(lse2 + at, in_base_2(tl.load(lse + at, mask=offs_m < M, other=0.0)), mask=offs_m < M)
+
+
+@triton.jit
+def in_base_2(lse):
+    """A natural LSE as gradients take it: of rows without a key 0, as exp2(-inf - 0) is the weight 0 that they need, and
+    exp2(-inf - -inf) is not."""
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)

@@ -61,7 +61,7 @@ def flash_query_gradient(
     LISTS: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse, delta, row_max, row_sum, degenerate); grid (row tiles * B *
+    """grad_q (B,H,M,D) = sum_j dz * SCORE_GRAD * k_j; `stats` = (lse2, delta, row_max, row_sum, degenerate); grid (row tiles * B *
     H,). The rows of a `band` have theirs in grad_left, contiguous (B,H,M,D), or, where they are the queries, in grad_q. SLOPE
     is SCORE_GRAD where that is one number, or None: it multiplies the sums."""
     tiles = tl.cdiv(M, BLOCK_M)

@@ -9,7 +9,8 @@ from attnfx.lowering.templates.tiles import LN2, LOG2E, walks
 
 @triton.jit
 def row_statistics(stats, bh, offs_row, M, EXACT_ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """(lse2, delta, row_max, row_sum) [ROWS] of head `bh`; row_sum is negative in degenerate rows.
+    """(lse2, delta, row_max, row_sum) [ROWS] of head `bh`, of `stats` = (lse2, delta, row_max, row_sum, degenerate) as
+    `flash_delta` and the forward kernel left them; row_sum is negative in degenerate rows.
 
     Rows from M on get an infinite LSE and maximum: all their weights are 0, and no mask of rows is needed later.
     """
@@ -17,15 +18,13 @@ def row_statistics(stats, bh, offs_row, M, EXACT_ROWS: tl.constexpr, MASKED: tl.
     # the head's offset is a 64-bit scalar and the rows' are 32-bit: half the registers of 64-bit offsets
     at = tl.cast(bh, tl.int64) * M
     ok = offs_row < M
-    lse2 = load_row(lse + at + offs_row, ok, float("inf"), MASKED) * LOG2E
-    # rows without a key: exp2(-inf - 0) is the weight 0 that they need, exp2(-inf - -inf) is not
-    lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)
+    lses = load_row(lse + at + offs_row, ok, float("inf"), MASKED)
     deltas = load_row(delta + at + offs_row, ok, 0.0, MASKED)
-    maxima, sums = lse2, lse2
+    maxima, sums = lses, lses
     if EXACT_ROWS:
         maxima = load_row(row_max + at + offs_row, ok, float("inf"), MASKED)
         sums = load_row(row_sum + at + offs_row, ok, 1.0, MASKED)
-    return lse2, deltas, maxima, sums
+    return lses, deltas, maxima, sums
 
 
 @triton.jit

@@ -5,6 +5,7 @@ examples share as a sum in registers."""
 import triton
 import triton.language as tl
 
+from attnfx.lowering.templates.delta import in_base_2
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.tiles import head_base, load_tile, probability_factor, row_pointers, within
 
@@ -187,8 +188,8 @@ def _example_gradient(
     delta = tl.sum(o_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         delta -= tl.load(grad_lse + tl.cast(bh, tl.int64) * M + offs_m, mask=offs_m < M, other=0.0)
-    lse2, _, maxima, sums = row_statistics((lse, lse, row_max, row_sum, degenerate), bh, offs_m, M, LITERAL, True)
-    statistics = (lse2[:, None], delta[:, None], maxima[:, None], sums[:, None])
+    lses, _, maxima, sums = row_statistics((lse, lse, row_max, row_sum, degenerate), bh, offs_m, M, LITERAL, True)
+    statistics = (in_base_2(lses)[:, None], delta[:, None], maxima[:, None], sums[:, None])
     dot = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     weights, live = softmax_weights(
         dot, statistics, i, j, inside, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, LITERAL, True,

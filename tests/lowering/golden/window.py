@@ -18,7 +18,7 @@ def score_grad(dot, b, h, i, j, loads, ints):
 
 @triton.jit
 def keep(b, h, i, j, loads, ints):
-    return (j <= i) & ((i - j + 1) <= 7)
+    return (j <= i) & (i <= (j + 6))
 
 
 @triton.jit
