@@ -27,7 +27,7 @@ from attnfx.lowering.configs import (
     target_of,
     walked,
 )
-from attnfx.lowering.descriptors import describe, serves
+from attnfx.lowering.descriptors import describe, describe_rows, serves
 from attnfx.lowering.launch import recorded_target
 from attnfx.lowering.tuning.lookup import tuned
 from attnfx.sites.ordering import Order
@@ -220,6 +220,12 @@ class Call:
         tiles = ((c.block_m, self.d), (c.block_n, self.d), (c.block_n, self.dv), (c.block_m, self.dv))
         described = [describe(x, rows, padded(width)) for x, (rows, width) in zip(tensors, tiles, strict=False)]
         return *described, *([grad_out] if grad_out is None else []), True
+
+    def walked(self, numbers: Tensor, by_descriptors: bool) -> Any:
+        """The descriptor of numbers (2,B,H,M) of rows that a kernel walks over; None where pointers are to be read."""
+        if not by_descriptors or not self.even["EVEN_M"]:
+            return None
+        return describe_rows(numbers.flatten(1, 2), self.config.block_m)
 
     @property
     def even(self) -> dict[str, bool]:

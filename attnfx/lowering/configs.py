@@ -81,7 +81,7 @@ HALF: dict[str, Table] = {
         key_gradient=(
             Config(32, 64, 4, 3),
             Config(64, 64, 4, 3, spills=32),
-            Config(64, 64, 4, 2, spills=320),
+            Config(64, 64, 4, 2, spills=128),
             Config(32, 32, 8, 1, tma=False),
         ),
         bias=(Config(32, 32, 4, 3), Config(64, 64, 8, 3), Config(64, 64, 8, 3), Config(32, 32, 8, 1)),
@@ -112,9 +112,7 @@ LOADED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128:
 #: Forward in half precision where the scores are a factor and a mask that is no narrow window has formulas for its ends.
 BOUNDED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2)}}
 #: Backward in half precision where a query reads few tiles of keys, by padded head dimension.
-NARROW: dict[str, dict[Kernel, dict[int, Config]]] = {
-    "sm90": {"query_gradient": {128: Config(64, 64, 4, 2)}, "key_gradient": {128: Config(32, 64, 4, 3, spills=320)}}
-}
+NARROW: dict[str, dict[Kernel, dict[int, Config]]] = {"sm90": {"query_gradient": {128: Config(64, 64, 4, 2)}}}
 #: Forward in half precision over lists of tiles, by padded head dimension.
 LISTED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2)}}
 #: The gradient of a bias with a number for each pair in half precision, by padded head dimension.

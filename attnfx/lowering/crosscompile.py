@@ -90,12 +90,19 @@ class Job:
 
 DENSE = Program(samples.plain, samples.plain_grad, None, None, None, -math.inf, False, False, slope=0.25, pure=True)
 CAUSAL = replace(DENSE, keep=samples.causal, kv_range=samples.causal_keys, q_range=samples.causal_rows)
+WINDOW = replace(DENSE, keep=samples.window, kv_range=samples.window_keys, q_range=samples.window_rows)
 EXACT = Program(
     samples.relative_bias, samples.plain_grad, samples.causal, samples.causal_keys, samples.causal_rows,
     torch.finfo(torch.float32).min, True, True, slope=0.25,
 )  # fmt: skip
 WEIGHTED = replace(EXACT, weight=samples.relative_gate)
-PROGRAMS = {"dense": DENSE, "causal": CAUSAL, "bias, finfo.min added": EXACT, "bias, finfo.min added, weight": WEIGHTED}
+PROGRAMS = {
+    "dense": DENSE,
+    "causal": CAUSAL,
+    "window": WINDOW,
+    "bias, finfo.min added": EXACT,
+    "bias, finfo.min added, weight": WEIGHTED,
+}
 #: Causal attention that leaves out tiles by their scores, in prefill and, of a step, in runs of keys.
 SKIPPING = {
     "causal, tiles left out": replace(CAUSAL, skip=Skip(1e-3, None, 64, 64)),
@@ -152,6 +159,7 @@ def representative(target: str) -> Iterator[Job]:
     for head_dim in (64, 128, 256):
         yield Job("dense", bf16, head_dim, target)
         yield Job("causal", bf16, head_dim, target)
+        yield Job("window", bf16, head_dim, target)
         yield Job("bias, finfo.min added", bf16, head_dim, target)
         yield Job("bias, finfo.min added", bf16, head_dim, target, biases)
     yield Job("bias, finfo.min added, weight", bf16, 128, target)

@@ -28,6 +28,11 @@ def describe(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), _strides(x), [1, 1, rows, dim])
 
 
+def describe_rows(x: Tensor, rows: int) -> TensorDescriptor:
+    """``x`` (2,B*H,M), contiguous, float32, in tiles of ``rows`` numbers; M is a multiple of ``rows``, which is one of 16."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows])
+
+
 def _strides(x: Tensor) -> list[int]:
     """The strides, with one that the engine takes where an axis of one element has any."""
     fits = max(_ALIGNED // x.element_size(), x.shape[-1] // 8 * 8)
@@ -36,5 +41,5 @@ def _strides(x: Tensor) -> list[int]:
 
 def type_of(x: TensorDescriptor) -> str:
     """Triton's name of a descriptor's type."""
-    kinds = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    kinds = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     return f"tensordesc<{kinds[x.base.dtype]}{list(x.block_shape)}>"

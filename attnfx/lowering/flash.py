@@ -126,7 +126,7 @@ def backward(
     *by_rows, rows_tma = rows.streamed(q, k, v, grad_out)
     *by_keys, keys_tma = keys.streamed(q, k, v, grad_out)
     with rows.device:
-        stats = statistics(rows, out, residuals, grad_out, grad_lse)
+        numbers, stats = statistics(rows, out, residuals, grad_out, grad_lse)
         run(
             flash_query_gradient, rows.row_grid, *by_rows, grad_q, stats, rows.seed, q.stride(),
             k.stride(), v.stride(), grad_out.stride(), grad_q.stride(), *rows.scalars, rows.lists,
@@ -134,8 +134,8 @@ def backward(
             LISTS=row_blocks is not None, SLOPE=slope, **rows.even, **rows.switches,
         )  # fmt: skip
         run(
-            flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.seed, q.stride(),
-            k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
+            flash_key_gradient, keys.key_grid, *by_keys, grad_k, grad_v, stats, keys.walked(numbers, keys_tma), keys.seed,
+            q.stride(), k.stride(), v.stride(), grad_out.stride(), grad_k.stride(), grad_v.stride(), *keys.scalars, keys.lists,
             *launched(band), SCORE_GRAD=program.score_grad, Q_RANGE=program.q_range, TMA=keys_tma,
             LISTS=key_blocks is not None, SLOPE=slope, **keys.even, **keys.switches,
         )  # fmt: skip
@@ -223,7 +223,7 @@ def bias_gradient(
     # the two halves of the diagonal sums each leave one end unwritten
     grad = (q.new_zeros if kind == "diagonal" else q.new_empty)(shape, dtype=torch.float32)
     with launch.device:
-        stats = statistics(launch, out, residuals, grad_out, grad_lse)
+        _, stats = statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
@@ -237,9 +237,13 @@ def bias_gradient(
     return grad
 
 
-def statistics(launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, ...]:
-    """(lse2, delta, row_max, row_sum, degenerate), the first two (B,H,M) fp32 computed here (`flash_delta`); the GPU is current."""
-    delta, lse2 = torch.empty_like(residuals.lse), torch.empty_like(residuals.lse)
+def statistics(
+    launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """lse2 and delta (2,B,H,M) fp32, computed here (`flash_delta`), and (lse2, delta, row_max, row_sum, degenerate); the GPU is
+    current."""
+    numbers = residuals.lse.new_empty((2, *residuals.lse.shape))
+    lse2, delta = numbers.unbind()
     block_m = max(16, 2048 // padded(launch.dv))
     run(
         flash_delta, (-(-launch.m // block_m) * launch.batch * launch.heads,), out, grad_out,
@@ -248,4 +252,4 @@ def statistics(launch: Call, out: Tensor, residuals: Residuals, grad_out: Tensor
         BLOCK_DV=padded(launch.dv),
     )  # fmt: skip
     r = residuals
-    return lse2, delta, r.row_max, r.row_sum, r.degenerate
+    return numbers, (lse2, delta, r.row_max, r.row_sum, r.degenerate)

@@ -49,7 +49,7 @@ def window_gradient(
     parts = max(1, min(members, PROGRAMS // (slots * owners[0] * owners[1])))
     grad = q.new_empty((2, *owners, parts, slots * block, launch.d), dtype=torch.float32)
     with launch.device:
-        stats = statistics(launch, out, residuals, grad_out, grad_lse)
+        _, stats = statistics(launch, out, residuals, grad_out, grad_lse)
         run(
             flash_window_gradient, (slots * owners[0] * owners[1] * parts,), q, k, v, grad_out, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, parts,

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from attnfx.lowering.templates.arithmetic import known_size
 from attnfx.lowering.templates.band import band_columns, band_row_gradient, band_rows, band_scores
-from attnfx.lowering.templates.gradient import gradient_walks, logit_gradient, row_statistics, softmax_weights
+from attnfx.lowering.templates.gradient import gradient_walks, logit_gradient, row_statistics, softmax_weights, walked_statistics
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
 from attnfx.lowering.templates.tiles import head_base, probability_factor, row_pointers, tile_start, within
 
@@ -70,8 +70,7 @@ def flash_query_gradient(
     if KV_RANGE is not None:
         # the heaviest tiles first, as in the forward kernel
         tile = tiles - 1 - tile
-    b = bh // heads
-    h = bh % heads
+    b, h = bh // heads, bh % heads
     at = (b, h, bh)
     noise = (0, dropout_p)
     if DROPOUT:
@@ -215,6 +214,7 @@ def flash_key_gradient(
     grad_k,
     grad_v,
     stats,
+    rows,
     seed,
     q_strides,
     k_strides,
@@ -257,13 +257,12 @@ def flash_key_gradient(
     LISTS: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """grad_k (B,HK,N,D) and grad_v (B,HK,N,DV): one key tile a program, which walks the query heads of its group and
-    their rows, so that every sum has one owner and one order; grid (key tiles * B * HK,)."""
+    """grad_k (B,HK,N,D) and grad_v (B,HK,N,DV): one key tile a program, which walks the query heads of its group and their rows, so
+    that every sum has one owner and one order; `rows` as in `walked_statistics`; grid (key tiles * B * HK,)."""
     tiles = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) % tiles
     key_heads = heads // group
-    b = tl.program_id(0) // tiles // key_heads
-    hk = tl.program_id(0) // tiles % key_heads
+    b, hk = tl.program_id(0) // tiles // key_heads, tl.program_id(0) // tiles % key_heads
     noise = (0, dropout_p)
     if DROPOUT:
         noise = (tl.load(seed), dropout_p)
@@ -301,15 +300,15 @@ def flash_key_gradient(
         grads = row_stream(grad_o, grad_o_strides, b, h, offs_m, offs_dv, TMA)
         if KEEP is None or Q_RANGE is not None or LISTS:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, full[0], full[1], full[2], full[3],
-                j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, False,
-                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
+                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, rows, j_first, N, full[0], full[1], full[2],
+                full[3], j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT,
+                False, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
             )  # fmt: skip
         if KEEP is not None or EXACT_ROWS or not EVEN_M:
             dk, dv = _visit_rows(
-                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, j_first, N, masked[0], masked[1], masked[2],
-                masked[3], j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
-                DROPOUT, True, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
+                dk, dv, k_tile, v_tile, queries, left, window, band, grads, stats, rows, j_first, N, masked[0], masked[1],
+                masked[2], masked[3], j, M, at, noise, loads, ints, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
+                EXACT_ROWS, DROPOUT, True, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, PRECISION, TMA, LISTS, SLOPE,
             )  # fmt: skip
     if SLOPE is not None:
         dk = dk * SLOPE
@@ -331,6 +330,7 @@ def _visit_rows(
     band,
     grads,
     stats,
+    rows,
     j_first,
     N,
     lo,
@@ -379,8 +379,8 @@ def _visit_rows(
         # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV]; dot, weights, dz [BLOCK_N, BLOCK_M]
         q_tile = row_tile(queries, start, row_ok[:, None], d_ok, MASKED, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
         grad_tile = row_tile(grads, start, row_ok[:, None], dv_ok, MASKED, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
-        lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_i, M, EXACT_ROWS and MASKED, MASKED)
-        statistics = (lse2[None, :], delta[None, :], row_max[None, :], row_sum[None, :])
+        found = walked_statistics(rows, stats, bh, start, offs_i, M, EXACT_ROWS and MASKED, MASKED, BLOCK_M)
+        statistics = (found[0][None, :], found[1][None, :], found[2][None, :], found[3][None, :])
         if window is not None:
             second = band_rows(left, window, band, q_tile, b, h, start, row_ok[:, None], d_ok, M, N, BLOCK_M, BLOCK_D)
             beside = band_columns(second, j_first, D, BLOCK_M, BLOCK_D, PRECISION)

@@ -28,6 +28,26 @@ def row_statistics(stats, bh, offs_row, M, EXACT_ROWS: tl.constexpr, MASKED: tl.
 
 
 @triton.jit
+def walked_statistics(
+    rows, stats, bh, start, offs_row, M, EXACT_ROWS: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`row_statistics` of rows `start` and on in a loop over them. With `rows`, a descriptor of (lse2, delta) (2,B*H,M) in tiles of
+    ROWS that end where M does, the copy engine reads both: as pointers each thread reads all of its rows itself."""
+    if rows is None:
+        found = row_statistics(stats, bh, offs_row, M, EXACT_ROWS, MASKED)
+    else:
+        first = tl.cast(start, tl.int32)
+        lse2 = tl.reshape(rows.load([0, bh, first]), (ROWS,))
+        delta = tl.reshape(rows.load([1, bh, first]), (ROWS,))
+        maxima, sums = lse2, lse2
+        if EXACT_ROWS:
+            at = tl.cast(bh, tl.int64) * M
+            maxima, sums = tl.load(stats[2] + at + offs_row), tl.load(stats[3] + at + offs_row)
+        found = lse2, delta, maxima, sums
+    return found
+
+
+@triton.jit
 def load_row(pointers, ok, other, MASKED: tl.constexpr):
     """A vector, with `other` where not ok."""
     return tl.load(pointers, mask=ok, other=other) if MASKED else tl.load(pointers)

@@ -52,6 +52,22 @@ def causal_rows(j_first, j_last, ints):
 
 
 @triton.jit
+def window(b, h, i, j, loads, ints):
+    """The last 4096 keys."""
+    return (j <= i) & (i <= (j + 4095))
+
+
+@triton.jit
+def window_keys(i_first, i_last, ints):
+    return i_first - 4095, i_last - 4095, i_first + 1, i_last + 1
+
+
+@triton.jit
+def window_rows(j_first, j_last, ints):
+    return j_first, j_last, j_first + 4096, j_last + 4096
+
+
+@triton.jit
 def padded_causal(b, h, i, j, loads, ints):
     """loads[0]: bool (B, N), row stride ints[0]; and j <= i + ints[1]."""
     return tl.load(loads[0] + b * ints[0] + j) & (j <= i + ints[1])
