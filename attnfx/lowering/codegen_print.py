@@ -23,6 +23,8 @@ MASKED_OUT = -1e38
 INLINE = 60
 
 _NARROW = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
+#: What templates/arithmetic.py reads straight into registers.
+_GATHERED = frozenset((torch.int32, torch.int64, torch.float32, torch.float16, torch.bfloat16))
 _BINARY = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "lt": "<", "le": "<=", "eq": "==",
     "ne": "!=", "bitand": "&", "bitor": "|", "bitxor": "^",
@@ -273,13 +275,13 @@ class Body:
 
 
 def _direct(e: Load, short: bool) -> bool:
-    """Whether a tile is read straight into registers. Of whole numbers: one for each query. Of floats: from places that are not
-    runs of keys, as a table of distances is; one number for each key, of which a wait in the middle of a tile would keep Hopper's
-    matrix products from overlapping; and all of it where all keys are one tile, which many examples may share. A read that
-    knows no key leaves the loop over keys."""
-    if e.dtype in (torch.int32, torch.int64):
-        return expr.depends_on(e, "i") and not expr.depends_on(e, "j")
-    if e.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not expr.depends_on(e, "j"):
+    """Whether a tile is read straight into registers. What knows no key: such a read leaves the loop over keys. Of floats also
+    what is read from places that are not runs of keys, as a table of distances is; one number for each key, of which a wait in
+    the middle of a tile would keep Hopper's matrix products from overlapping; and all of it where all keys are one tile, which
+    many examples may share."""
+    if not expr.depends_on(e, "j"):
+        return e.dtype in _GATHERED and expr.depends_on(e, "b", "h", "i")
+    if not e.dtype.is_floating_point or e.dtype not in _GATHERED:
         return False
     return short or not expr.depends_on(e, "i") or e.indices[-1] != expr.index("j")
 
