@@ -156,7 +156,7 @@ def _in_order(jobs: Sequence[Job], found: Iterator[list[Row]], begun: Callable[[
 def representative(target: str) -> Iterator[Job]:
     """Every template, both half precisions and float32, narrow to wide heads, without and with masks and exact rows."""
     bf16, biases = torch.bfloat16, ("delta", *BIAS_KINDS)
-    for head_dim in (64, 128, 256):
+    for head_dim in (32, 64, 128, 256):
         yield Job("dense", bf16, head_dim, target)
         yield Job("causal", bf16, head_dim, target)
         yield Job("window", bf16, head_dim, target)
@@ -210,6 +210,7 @@ def _allowed(kernel: str, job: Job) -> int:
         return suited(kernel, job.dtype, job.head_dim, job.head_dim, job.target).spills
     if job.program in linear.PROGRAMS:
         return linear.SPILLS.get(kernel, 0) if job.dtype == torch.bfloat16 else 0
+    kernel = f"{kernel}_bias" if kernel in BIAS_KINDS else kernel
     if kernel not in get_args(Kernel):
         # the literal ones are for rare rows; float32 keeps twice as many numbers
         return 1024 if kernel.endswith("literal") else 64 if kernel in SHORT and job.dtype == torch.float32 else 0

@@ -222,14 +222,15 @@ def bias_gradient(
         return q.new_zeros(shape if kind != "diagonal" else (*owners, max(m + n - 1, 0)), dtype=torch.float32)
     # the two halves of the diagonal sums each leave one end unwritten
     grad = (q.new_zeros if kind == "diagonal" else q.new_empty)(shape, dtype=torch.float32)
+    *tiles, tma = launch.streamed(q, k, v, grad_out)
     with launch.device:
         _, stats = statistics(launch, out, residuals, grad_out, grad_lse)
         run(
-            flash_bias_gradient, (slots * owners[0] * owners[1],), q, k, v, grad_out, grad, stats, launch.seed,
+            flash_bias_gradient, (slots * owners[0] * owners[1],), *tiles, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch,
             *launched(band),
             KV_RANGE=program.kv_range, KIND=kind, BATCH_BROADCAST=batch_broadcast, HEAD_BROADCAST=head_broadcast,
-            SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, **launch.switches,
+            SCORE_GRAD=program.score_grad if inside else None, LISTS=blocks is not None, TMA=tma, **launch.even, **launch.switches,
         )  # fmt: skip
     if kind == "diagonal":
         first = key_tiles * block - (n - 1)

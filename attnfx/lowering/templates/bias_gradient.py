@@ -7,14 +7,8 @@ import triton.language as tl
 from attnfx.lowering.templates.arithmetic import known_size
 from attnfx.lowering.templates.band import band_rows, band_scores
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
-from attnfx.lowering.templates.tiles import (
-    column_pointers,
-    head_base,
-    is_listed,
-    load_tile,
-    probability_factor,
-    row_pointers,
-)
+from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
+from attnfx.lowering.templates.tiles import is_listed, probability_factor, within
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches"])
@@ -57,6 +51,8 @@ def flash_bias_gradient(
     HEAD_BROADCAST: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,6 +60,7 @@ def flash_bias_gradient(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     LISTS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Sums of dz, or of dz * SCORE_GRAD where it is given, over what the side tensor does not index; fp32, each element with
     one owner and one order of sums.
@@ -71,7 +68,8 @@ def flash_bias_gradient(
     KIND "tile": out (BB,BH,M,N), a program owns one tile and sums over the broadcast b and h. "column": out (BB,BH,N),
     it owns BLOCK_N keys and also sums over the rows. "diagonal": out (2,BB,BH,tiles,BLOCK), it owns the band of square
     tiles at one i_tile - j_tile, whose elements at one place of the tile all have the same i - j; a band covers two
-    blocks of i - j, of which it writes one to each half of `out`, and the host adds the halves. Grid: slots * BB * BH.
+    blocks of i - j, of which it writes one to each half of `out`, and the host adds the halves. Heads with a degenerate row, in
+    which eager may give any key a weight, are few: they come after all others. Grid: slots * BB * BH.
     """
     row_tiles = tl.cdiv(M, BLOCK_M)
     key_tiles = tl.cdiv(N, BLOCK_N)
@@ -110,36 +108,46 @@ def flash_bias_gradient(
         noise = (tl.load(seed), dropout_p)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    degenerate = 0
     for turn in tl.range(0, members * length, num_stages=STAGES):
-        member = turn // length
-        move = turn % length
-        b = first_b + member // per_batch
-        h = first_h + member % per_batch
-        i_first = (i_tile + move) * BLOCK_M
-        j_first = j_tile * BLOCK_N
-        if KIND == "diagonal":
-            j_first += move * BLOCK_N
+        b = first_b + turn // length // per_batch
+        h = first_h + turn // length % per_batch
+        i_first = (i_tile + turn % length) * BLOCK_M
+        j_first = (j_tile + (turn % length if KIND == "diagonal" else 0)) * BLOCK_N
+        flag = 0
+        if EXACT_ROWS:
+            flag = tl.load(stats[4] + b * heads + h)
+            degenerate = degenerate | flag
         if KEEP is not None and (KV_RANGE is not None or LISTS):
             if LISTS:
                 visit = is_listed(blocks, b, h, i_first, j_first)
             else:
                 keys = KV_RANGE(i_first, tl.minimum(i_first + BLOCK_M, M) - 1, ints)
                 visit = (keys[0] < j_first + BLOCK_N) & (keys[3] > j_first)
-            if EXACT_ROWS:
-                # in a head with a degenerate row eager may give any key a weight
-                visit = visit | (tl.load(stats[4] + b * heads + h) != 0)
             if visit:
                 acc += tile_gradient(
                     q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group,
-                    M, N, noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
-                    EXACT_ROWS, DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                    M, N, noise, loads, ints, left, window, band, flag, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
+                    False, DROPOUT, D, DV, EVEN_M, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
                 )  # fmt: skip
         else:
             acc += tile_gradient(
                 q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group, M, N,
-                noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS,
-                DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                noise, loads, ints, left, window, band, flag, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, False,
+                DROPOUT, D, DV, EVEN_M, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
             )  # fmt: skip
+    if EXACT_ROWS:
+        for turn in tl.range(0, tl.where(degenerate != 0, members * length, 0), num_stages=1):
+            b = first_b + turn // length // per_batch
+            h = first_h + turn // length % per_batch
+            i_first = (i_tile + turn % length) * BLOCK_M
+            j_first = (j_tile + (turn % length if KIND == "diagonal" else 0)) * BLOCK_N
+            if tl.load(stats[4] + b * heads + h) != 0:
+                acc += tile_gradient(
+                    q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group,
+                    M, N, noise, loads, ints, left, window, band, 0, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, True,
+                    DROPOUT, D, DV, EVEN_M, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
+                )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -189,6 +197,7 @@ def tile_gradient(
     left,
     window,
     band,
+    flag,
     SCORE: tl.constexpr,
     SCORE_GRAD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -200,13 +209,17 @@ def tile_gradient(
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """dz [BLOCK_M, BLOCK_N], or dz * SCORE_GRAD where given, of the tile at (i_first, j_first) of head (b, h), zero outside."""
+    """dz [BLOCK_M, BLOCK_N], or dz * SCORE_GRAD where given, of the tile at (i_first, j_first) of head (b, h), zero outside, and
+    all zero where `flag` is set."""
     known_size(i_first)
     known_size(j_first)
     bh = b * heads + h
@@ -221,28 +234,33 @@ def tile_gradient(
     d_ok = offs_d < D
     dv_ok = offs_dv < DV
     # q_tile [BLOCK_M, BLOCK_D], grad_tile [BLOCK_M, BLOCK_DV], k_tile [BLOCK_D, BLOCK_N], v_tile [BLOCK_DV, BLOCK_N]
-    queries = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
-    q_tile = load_tile(queries, row_ok, d_ok[None, :], True, D != BLOCK_D)
-    grads = row_pointers(head_base(grad_o, grad_o_strides, b, h), grad_o_strides, offs_m, offs_dv)
-    grad_tile = load_tile(grads, row_ok, dv_ok[None, :], True, DV != BLOCK_DV)
-    keys = column_pointers(head_base(k, k_strides, b, h // group), k_strides, offs_n, offs_d)
-    k_tile = load_tile(keys, key_ok, d_ok[:, None], True, D != BLOCK_D)
-    values = column_pointers(head_base(v, v_strides, b, h // group), v_strides, offs_n, offs_dv)
-    v_tile = load_tile(values, key_ok, dv_ok[:, None], True, DV != BLOCK_DV)
-    lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, True)
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    queries = row_stream(q, q_strides, b, h, rows, offs_d, TMA)
+    q_tile = row_tile(queries, i_first, row_ok, d_ok[None, :], not EVEN_M, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    grads = row_stream(grad_o, grad_o_strides, b, h, rows, offs_dv, TMA)
+    grad_tile = row_tile(grads, i_first, row_ok, dv_ok[None, :], not EVEN_M, DV != BLOCK_DV, BLOCK_M, BLOCK_DV, TMA)
+    keys = column_stream(k, k_strides, b, h // group, columns, offs_d, TMA)
+    k_tile = column_tile(keys, j_first, key_ok, d_ok[:, None], not EVEN_N, D != BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+    values = column_stream(v, v_strides, b, h // group, columns, offs_dv, TMA)
+    v_tile = column_tile(values, j_first, key_ok, dv_ok[:, None], not EVEN_N, DV != BLOCK_DV, BLOCK_N, BLOCK_DV, TMA)
+    lse2, delta, row_max, row_sum = row_statistics(stats, bh, offs_m, M, EXACT_ROWS, not EVEN_M)
     statistics = (lse2[:, None], delta[:, None], row_max[:, None], row_sum[:, None])
     dot = tl.dot(q_tile, k_tile, input_precision=PRECISION)
     if window is not None:
         second = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok[None, :], M, N, BLOCK_N, BLOCK_D)
         dot += band_scores(second, j_first, D, BLOCK_N, BLOCK_D, PRECISION)
-    i = tl.minimum(offs_m, M - 1)[:, None]
-    j = tl.minimum(offs_n, N - 1)[None, :]
+    i = within(offs_m, M, EVEN_M)[:, None]
+    j = within(offs_n, N, EVEN_N)[None, :]
+    inside = None
+    if not EVEN_N:
+        inside = key_ok
+    masked: tl.constexpr = KEEP is not None or EXACT_ROWS or not EVEN_N
     weights, live = softmax_weights(
-        dot, statistics, i, j, key_ok, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, True,
+        dot, statistics, i, j, inside, (b, h, bh), loads, ints, SCORE, KEEP, FILL, ADDITIVE, COARSE, EXACT_ROWS, masked,
     )  # fmt: skip
     dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
     dweights = dweights * probability_factor(i, j, (b, h, bh), noise, loads, ints, WEIGHT, DROPOUT)
     dz = logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)
     if SCORE_GRAD is not None:
         dz = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
-    return dz
+    return tl.where(flag != 0, 0.0, dz)

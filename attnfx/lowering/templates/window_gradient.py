@@ -168,8 +168,8 @@ def _add_tile(
     """The sums [BLOCK_N, BLOCK_D] of both blocks of vectors with what the tile at (i_first, j_first) adds to them."""
     ds = tile_gradient(
         q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group, M, N, noise,
-        loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, D, DV,
-        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        loads, ints, left, window, band, 0, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, D, DV,
+        False, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, False,
     )  # fmt: skip
     b = tl.cast(b, tl.int32)
     h = tl.cast(h, tl.int32)
