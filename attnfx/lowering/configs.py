@@ -108,7 +108,7 @@ HALF: dict[str, Table] = {
 #: Forward in half precision where nothing is masked, by padded head dimension.
 OPEN: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 64, 4, 2, spills=256)}}
 #: The same where the scores read numbers of their keys: those want registers, too.
-LOADED: dict[str, dict[int, Config]] = {"sm90": {32: Config(64, 64, 4, 2), 64: Config(64, 128, 4, 2), 128: Config(128, 128, 8, 3)}}
+LOADED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2), 128: Config(128, 128, 8, 3)}}
 #: Forward in half precision where the scores are a factor and a mask that is no narrow window has formulas for its ends.
 BOUNDED: dict[str, dict[int, Config]] = {"sm90": {64: Config(64, 128, 4, 2)}}
 #: Backward in half precision where a query reads few tiles of keys, by padded head dimension.

@@ -207,7 +207,9 @@ def compile_job(job: Job) -> list[Row]:
 def _allowed(kernel: str, job: Job) -> int:
     """Bytes that the default configuration of a kernel may spill."""
     if job.program == BANDED:
-        return suited(kernel, job.dtype, job.head_dim, job.head_dim, job.target).spills
+        return suited(
+            "diagonal_bias" if kernel == "window_gradient" else kernel, job.dtype, job.head_dim, job.head_dim, job.target
+        ).spills
     if job.program in linear.PROGRAMS:
         return linear.SPILLS.get(kernel, 0) if job.dtype == torch.bfloat16 else 0
     kernel = f"{kernel}_bias" if kernel in BIAS_KINDS else kernel

@@ -48,14 +48,15 @@ def window_gradient(
     slots, members = row_tiles + key_tiles - 1, launch.batch * launch.heads // (owners[0] * owners[1])
     parts = max(1, min(members, PROGRAMS // (slots * owners[0] * owners[1])))
     grad = q.new_empty((2, *owners, parts, slots * block, launch.d), dtype=torch.float32)
+    *tiles, tma = launch.streamed(q, k, v, grad_out)
     with launch.device:
         _, stats = statistics(launch, out, residuals, grad_out, grad_lse)
         run(
-            flash_window_gradient, (slots * owners[0] * owners[1] * parts,), q, k, v, grad_out, grad, stats, launch.seed,
+            flash_window_gradient, (slots * owners[0] * owners[1] * parts,), *tiles, grad, stats, launch.seed,
             q.stride(), k.stride(), v.stride(), grad_out.stride(), *launch.scalars, launch.lists, launch.batch, parts,
             *launched(band),
             SCORE_GRAD=program.score_grad, KV_RANGE=program.kv_range, BATCH_BROADCAST=batch_broadcast,
-            HEAD_BROADCAST=head_broadcast, LISTS=blocks is not None, **launch.switches,
+            HEAD_BROADCAST=head_broadcast, LISTS=blocks is not None, TMA=tma, **launch.even, **launch.switches,
         )  # fmt: skip
     lower, upper = grad.sum(3) if parts > 1 else grad[:, :, :, 0]
     # slot s begins at the distance (s - row_tiles + 1) * block, its lower block one before

@@ -8,7 +8,7 @@ from attnfx.lowering.templates.arithmetic import known_size
 from attnfx.lowering.templates.band import band_rows, band_scores
 from attnfx.lowering.templates.gradient import logit_gradient, row_statistics, softmax_weights
 from attnfx.lowering.templates.streams import column_stream, column_tile, row_stream, row_tile
-from attnfx.lowering.templates.tiles import is_listed, probability_factor, within
+from attnfx.lowering.templates.tiles import from_the_middle, is_listed, probability_factor, within
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches"])
@@ -87,7 +87,7 @@ def flash_bias_gradient(
         length = row_tiles
     else:
         slots = row_tiles + key_tiles - 1
-        slot = tl.program_id(0) % slots
+        slot = from_the_middle(tl.program_id(0) % slots, slots)
         i_tile = tl.maximum(slot - (key_tiles - 1), 0)
         j_tile = tl.maximum(key_tiles - 1 - slot, 0)
         length = tl.minimum(row_tiles - i_tile, key_tiles - j_tile)

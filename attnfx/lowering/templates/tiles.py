@@ -129,6 +129,13 @@ def tile_start(position, split, gap, MASKED: tl.constexpr, LISTS: tl.constexpr):
 
 
 @triton.jit
+def from_the_middle(turn, count):
+    """`turn` of `count` numbers from 0, those in the middle first: of diagonals the longest, so that short ones fill the end."""
+    half = (turn + 1) // 2
+    return count // 2 + tl.where(turn % 2 == 0, half, -half)
+
+
+@triton.jit
 def is_listed(blocks, b, h, first, walked):
     """Whether the list of the tile that holds row (or key) `first` names the tile that holds key (or row) `walked`."""
     lists, batch_stride, head_stride, stride = blocks

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from attnfx.lowering.templates.band import band_rows, turned_back
 from attnfx.lowering.templates.bias_gradient import tile_gradient
-from attnfx.lowering.templates.tiles import head_base, is_listed, load_tile, row_pointers
+from attnfx.lowering.templates.streams import row_stream, row_tile
+from attnfx.lowering.templates.tiles import from_the_middle, is_listed
 
 
 @triton.jit(do_not_specialize=["heads", "group", "M", "N", "batches", "parts"])
@@ -49,6 +50,8 @@ def flash_window_gradient(
     HEAD_BROADCAST: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -56,6 +59,7 @@ def flash_window_gradient(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     LISTS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """out (2,BB,BH,parts,slots,BLOCK,D) fp32: a program owns the square tiles at one j_tile - i_tile, and one of `parts` of the
     batches and heads that share a window; each element has one owner and one order of sums. A tile meets two blocks of vectors,
@@ -64,8 +68,8 @@ def flash_window_gradient(
     row_tiles = tl.cdiv(M, BLOCK_M)
     key_tiles = tl.cdiv(N, BLOCK_N)
     slots = row_tiles + key_tiles - 1
-    slot = tl.program_id(0) % slots
-    part = tl.program_id(0) // slots % parts
+    slot = from_the_middle(tl.program_id(0) // parts % slots, slots)
+    part = tl.program_id(0) % parts
     owner = tl.program_id(0) // slots // parts
     i_tile = tl.maximum(row_tiles - 1 - slot, 0)
     j_tile = tl.maximum(slot - (row_tiles - 1), 0)
@@ -111,11 +115,12 @@ def flash_window_gradient(
             upper, lower = _add_tile(
                 upper, lower, q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h,
                 heads, group, M, N, noise, loads, ints, left, window, band, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE,
-                EXACT_ROWS, DROPOUT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                EXACT_ROWS, DROPOUT, D, DV, EVEN_M, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
             )  # fmt: skip
 
     offs_d = tl.arange(0, BLOCK_D)
-    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N * D + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
+    place = (owner * parts + part) * slots + slot
+    at = tl.cast(place, tl.int64) * BLOCK_N * D + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
     half = tl.cast(tl.num_programs(0), tl.int64) * BLOCK_N * D
     tl.store(out + at, lower, mask=(offs_d < D)[None, :])
     tl.store(out + half + at, upper, mask=(offs_d < D)[None, :])
@@ -159,26 +164,29 @@ def _add_tile(
     DROPOUT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """The sums [BLOCK_N, BLOCK_D] of both blocks of vectors with what the tile at (i_first, j_first) adds to them."""
     ds = tile_gradient(
         q, k, v, grad_o, stats, q_strides, k_strides, v_strides, grad_o_strides, i_first, j_first, b, h, heads, group, M, N, noise,
         loads, ints, left, window, band, 0, SCORE, SCORE_GRAD, KEEP, WEIGHT, FILL, ADDITIVE, COARSE, EXACT_ROWS, DROPOUT, D, DV,
-        False, False, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, False,
+        EVEN_M, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION, TMA,
     )  # fmt: skip
     b = tl.cast(b, tl.int32)
     h = tl.cast(h, tl.int32)
     offs_m = i_first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    queries = row_pointers(head_base(q, q_strides, b, h), q_strides, offs_m, offs_d)
     d_ok = (offs_d < D)[None, :]
     row_ok = (offs_m < M)[:, None]
-    q_tile = load_tile(queries, row_ok, d_ok, True, D != BLOCK_D)
+    queries = row_stream(q, q_strides, b, h, tl.arange(0, BLOCK_M), offs_d, TMA)
+    q_tile = row_tile(queries, i_first, row_ok, d_ok, not EVEN_M, D != BLOCK_D, BLOCK_M, BLOCK_D, TMA)
     rows = band_rows(left, window, band, q_tile, b, h, i_first, row_ok, d_ok, M, N, BLOCK_N, BLOCK_D)
     above, below = turned_back(rows, ds, BLOCK_N)
     upper = tl.dot(tl.trans(above), rows[0], upper, input_precision=PRECISION)
