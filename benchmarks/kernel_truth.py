@@ -61,7 +61,7 @@ def truth(row: Row, inputs: tuple[Tensor, ...]) -> Truth:
     wide = [t.detach().to(dtype) if t.is_floating_point() else t for t in inputs]
     needed = wanted(row)
     leaves = [wide[n].requires_grad_() for n in needed]
-    push = torch.randn(inputs[0].shape, device=inputs[0].device, dtype=inputs[0].dtype, generator=_noise(inputs[0]))
+    push = torch.empty_like(inputs[0]).normal_(generator=_noise(inputs[0]))  # laid as a model's projection sends it back
     out = torch.empty(inputs[0].shape, device=inputs[0].device, dtype=dtype)
     grads = tuple(torch.zeros_like(t) for t in leaves)
     step = max(1, SCORES // of_a_query)
