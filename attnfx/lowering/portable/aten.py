@@ -18,7 +18,7 @@ from torch import Tensor
 from attnfx import expr
 from attnfx.algebra.evaluate import evaluate
 from attnfx.lowering.plan import UNREACHABLE
-from attnfx.lowering.portable import bands
+from attnfx.lowering.portable import bands, shifted
 from attnfx.lowering.portable.affine import Affine, affine
 from attnfx.lowering.portable.blocks import Block, Problem
 from attnfx.lowering.portable.picked import Layout
@@ -131,6 +131,8 @@ class Fused:
             while mask.dim() < 4:
                 mask = mask[None]
             return True, mask.expand(*mask.shape[:2], len(block.rows), block.width)
+        if bias is None and self.certain and (remembered := shifted.additive(p, block)) is not None:
+            return True, remembered[None, None]
         keep = p.keep(block)
         if keep is not None:
             if not self.certain and (plan.site.fill > UNREACHABLE or not bool(keep.any(-1).all())):
