@@ -71,7 +71,7 @@ def main() -> int:
 def page() -> str:
     """The whole page as Markdown."""
     models = _read(newest())
-    cpu = _read(max((RESULTS / "cpu").glob("*-fp32.json")))
+    cpu = _merged("cpu", "*-fp32*.json")
     kernels, biases, variants, steps = (_merged(folder) for folder in ("kernels", "biases", "variants", "decode"))
     return "".join((
         _GPU.format(machine=_machine(models)),
@@ -89,13 +89,13 @@ def page() -> str:
     ))  # fmt: skip
 
 
-def _merged(folder: str) -> dict[str, Any]:
-    """All results of a folder from the H200, of each row those of the latest file that has it; "commit" names all of them."""
-    documents = [_read(path) for path in sorted((RESULTS / folder).glob("*-h200*.json"), key=lambda path: path.stem)]
+def _merged(folder: str, files: str = "*-h200*.json") -> dict[str, Any]:
+    """All results of some files, of each row those of the latest file that has it; "commit" names all of them."""
+    documents = [_read(path) for path in sorted((RESULTS / folder).glob(files), key=lambda path: path.stem)]
     rows: dict[str, tuple[str, list[dict[str, Any]]]] = {}
     for document in documents:
         for row, peers in _by_row(document).items():
-            rows[row] = document["machine"]["commit"], list(peers.values())
+            rows[row] = document["machine"]["commit"][:7], list(peers.values())
     machine = documents[-1]["machine"] | {"commit": ", ".join(dict.fromkeys(commit for commit, _ in rows.values()))}
     return {**documents[-1], "machine": machine, "results": [result for _, results in rows.values() for result in results]}
 
