@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -80,7 +81,8 @@ def derive(mirror: Mirror, at: fx.Node, target: torch._ops.OpOverload, *args: An
     env = mirror.world.env
     known = len(env.guards)
     given, named = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
-    with torch._guards.tracing(None), torch.no_grad(), mirror.world.mode:
+    # the dispatcher in Python: torch 2.11's product of matrices in C++ asks for sizes as numbers
+    with torch._guards.tracing(None), torch.no_grad(), enable_python_dispatcher(), mirror.world.mode:
         value = target(*given, **named)
     if len(env.guards) > known and (reason := mirror.world.unproved()):
         raise LookupError(reason)
