@@ -84,6 +84,8 @@ def _block(
     if grad_lse is not None:
         delta = delta - grad_lse[block.place].to(problem.dtype)[..., None]
     dz = dz.sub_(delta).mul_(p)
+    if live is None and biases and not problem.plan.site.additive and not bool(delta.isfinite().all()):
+        live = problem.keep(block)  # a fill in place of scores has no gradient, in a row of NaN either
     if live is not None:
         dz = dz.masked_fill(~live, 0.0)
     # where the score was put away its gradient is zero and not NaN times zero

@@ -260,7 +260,8 @@ def tile_gradient(
     )  # fmt: skip
     dweights = tl.dot(grad_tile, v_tile, input_precision=PRECISION)
     dweights = dweights * probability_factor(i, j, (b, h, bh), noise, loads, ints, WEIGHT, DROPOUT)
-    dz = logit_gradient(weights, live, dweights, delta[:, None], EXACT_ROWS, True)
+    some: tl.constexpr = KEEP is not None or not EVEN_N
+    dz = logit_gradient(weights, live, dweights, delta[:, None], some, True)
     if SCORE_GRAD is not None:
         dz = dz * SCORE_GRAD(dot, b, h, i, j, loads, ints)
     return tl.where(flag != 0, 0.0, dz)
